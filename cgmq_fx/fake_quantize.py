@@ -1,0 +1,278 @@
+"""Fake quantization with a learned range, as one autograd function.
+
+The numerics of the whole library are fixed here: codes are
+
+    clamp(round(x / scale) + zero_point, quant_min, quant_max)
+
+with a true division (not a product with 1 / scale) and rounding half to even, as QuantizeLinear of
+ONNX defines them. Everything that needs codes or scales calls `grid_of` and `to_steps`.
+
+Widths enter as tensors, never as Python constants: a change of width changes what they hold, so a
+compiled graph stays valid.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PROBE_SCALE = 2.0**-40
+"""What the statistics in a probe's gradient are multiplied by, exactly undone by dividing.
+
+It makes them vanish beside any real gradient, so that clipping by the norm over all parameters
+leaves a step as it would be without them.
+"""
+
+RANGE_MIN, RANGE_MAX = 2.0**-100, 2.0**126
+"""Bounds of a range in real units: every scale up to 16 bits is finite and no subnormal number."""
+
+
+class Grid(NamedTuple):
+    """Where the representable values lie: k * scale for the integers k from low to high.
+
+    scale, zero_point, low and high are float tensors of shape (ranges,); zero_point, low and high
+    hold integers, and may have shape () where all ranges share them. A code is k + zero_point.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+
+    def along(self, axis: int | None, ndim: int) -> "Grid":
+        """Return the grid with its ranges along `axis` of tensors with `ndim` dimensions."""
+        return Grid(*(_along(field, axis, ndim) for field in self))
+
+
+def _along(per_range: Tensor, axis: int | None, ndim: int) -> Tensor:
+    if per_range.ndim == 0:
+        return per_range
+    if axis is None:
+        return per_range.reshape(())
+    shape = [1] * ndim
+    shape[axis] = -1
+    return per_range.view(shape)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in the precision of the arithmetic here: float32, or float64 where it is that."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def ends_of(multiplier: Tensor, base: Tensor) -> Tensor:
+    """Return the learned distances from 0 to the ends of the range, in real units.
+
+    Shape (ranges,): the range reaches up to the end (and down to its negative where symmetric).
+    Shape (2, ranges), affine: from minus the first row to the second. A multiplier that an
+    optimizer's step carried below 0 counts by its size.
+    """
+    return widen(multiplier).abs() * widen(base)
+
+
+def grid_of(ends: Tensor, quant_min: Tensor, quant_max: Tensor) -> Grid:
+    """Return the grid on which codes from quant_min to quant_max span the range with these ends."""
+    low, high = quant_min.to(ends.dtype), quant_max.to(ends.dtype)
+    if ends.ndim == 1:
+        return Grid(ends.clamp(RANGE_MIN, RANGE_MAX) / high, torch.zeros_like(high), low, high)
+    ends = ends.clamp(max=RANGE_MAX)
+    scale = ends.sum(0).clamp(min=RANGE_MIN) / (high - low)
+    zero_point = (ends[0] / scale).round().clamp(low, high)
+    return Grid(scale, zero_point, low - zero_point, high - zero_point)
+
+
+def to_steps(x: Tensor, grid: Grid) -> Tensor:
+    """Return codes - zero_point as a float tensor, for x already wide and a grid along its axis."""
+    return (x / grid.scale).clamp_max_(grid.high).clamp_min_(grid.low).round_()
+
+
+def fake_quantize(
+    x: Tensor,
+    multiplier: Tensor,
+    base: Tensor,
+    quant_min: Tensor,
+    quant_max: Tensor,
+    passthrough: Tensor,
+    probe: Tensor,
+    *,
+    channel_axis: int | None,
+    is_weight: bool,
+    bypass: bool | None,
+) -> Tensor:
+    """Return x rounded to the grid and back, in its own dtype; x itself, copied, at 32 bits.
+
+    Gradients:
+        x: straight through inside the range, 0 outside.
+        multiplier: the LSQ gradient (arXiv 1902.08153, eq. 3) times `range_gain`.
+        probe: PROBE_SCALE * [mean of the output's gradient, sum of its squares], at 32 bits too.
+
+    Args:
+        x: any shape, floating.
+        multiplier: (ranges,), or (2, ranges) for an affine range; see `ends_of`.
+        base: (ranges,), positive.
+        quant_min: integer, shape ().
+        quant_max: integer, shape ().
+        passthrough: bool, shape (): True at 32 bits.
+        probe: shape (2,); its values are never read.
+        channel_axis: the axis of x that has the ranges, None for one range.
+        is_weight: whether the range's gradient is scaled as a weight's.
+        bypass: what passthrough holds, where the caller knows it without reading the tensor; None
+            while a compiler traces: both results are then computed and the tensor selects.
+    """
+    apply = cast(Callable[..., Tensor], _FakeQuantize.apply)  # torch leaves it untyped
+    tensors = (x, multiplier, base, quant_min, quant_max, passthrough, probe)
+    return apply(*tensors, channel_axis, is_weight, bypass)
+
+
+def range_gain(numel: float, quant_max: Tensor, base: Tensor, *, is_weight: bool) -> Tensor:
+    """Return what the gradient of a multiplier is multiplied by, per range.
+
+    It makes one learning rate suit every range under plain SGD (Adam does not see it).
+    """
+    gain = (widen(quant_max) / numel).sqrt()
+    return gain / widen(base).square() if is_weight else gain
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The function of `fake_quantize`; saves x and small tensors, recomputes the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        multiplier: Tensor,
+        base: Tensor,
+        quant_min: Tensor,
+        quant_max: Tensor,
+        passthrough: Tensor,
+        probe: Tensor,
+        channel_axis: int | None,
+        is_weight: bool,
+        bypass: bool | None,
+    ) -> Tensor:
+        ctx.channel_axis, ctx.is_weight, ctx.bypass = channel_axis, is_weight, bypass
+        if bypass:
+            # A copy: autograd forbids in-place operations on an input that is returned as it is.
+            return x.clone()
+        ends = ends_of(multiplier, base)
+        grid = grid_of(ends, quant_min, quant_max)
+        ctx.save_for_backward(x, multiplier, base, quant_max, passthrough, ends, *grid)
+        inner = grid.along(channel_axis, x.ndim)
+        if bypass is None:
+            return torch.where(passthrough, x, _snap(x, inner))
+        if (blocks := _blocks(channel_axis, x)) is None:
+            return _snap(x, inner)
+        out = torch.empty_like(x)
+        for (block,), target in zip(blocks, _split(out), strict=True):
+            target.copy_(_snap(block, inner))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_multiplier, needs_probe = (ctx.needs_input_grad[i] for i in (0, 1, 6))
+        grad_probe = _statistics(widen(grad_out)) if needs_probe else None
+        if ctx.bypass:
+            return _gradients(grad_out if needs_x else None, None, grad_probe)
+        x, multiplier, base, quant_max, passthrough, ends, *fields = ctx.saved_tensors
+        grad_x, of_scale, of_shift = _backpropagate(x, grad_out, Grid(*fields), ctx.channel_axis)
+        grad_multiplier = None
+        if needs_multiplier:
+            grad_ends = _grad_ends(of_scale, of_shift, ends, Grid(*fields))
+            numel = x.numel() / of_scale.numel()
+            gain = range_gain(numel, quant_max, base, is_weight=ctx.is_weight)
+            grad_multiplier = grad_ends * torch.copysign(widen(base) * gain, widen(multiplier))
+            grad_multiplier = grad_multiplier.to(multiplier.dtype)
+        if ctx.bypass is None:
+            grad_x = torch.where(passthrough, grad_out, grad_x)
+            if grad_multiplier is not None:
+                grad_multiplier = torch.where(passthrough, 0.0, grad_multiplier)
+        return _gradients(grad_x if needs_x else None, grad_multiplier, grad_probe)
+
+
+def _gradients(
+    x: Tensor | None, multiplier: Tensor | None, probe: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return x, multiplier, None, None, None, None, probe, None, None, None
+
+
+def _snap(x: Tensor, grid: Grid) -> Tensor:
+    return to_steps(widen(x), grid).mul_(grid.scale).to(x.dtype)
+
+
+def _backpropagate(
+    x: Tensor, grad_out: Tensor, grid: Grid, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of x, and per range those of the scale and of the clipped values."""
+    inner = grid.along(axis, x.ndim)
+    if (blocks := _blocks(axis, x, grad_out)) is None:
+        return _backpropagate_block(x, grad_out, inner, axis)
+    grad_x, parts = torch.empty_like(grad_out), []
+    for (block, grad), target in zip(blocks, _split(grad_x), strict=True):
+        result, *sums = _backpropagate_block(block, grad, inner, None)
+        target.copy_(result)
+        parts.append(torch.cat(sums))
+    of_scale, of_shift = torch.stack(parts).sum(0).split(1)
+    return grad_x, of_scale, of_shift
+
+
+def _backpropagate_block(
+    x: Tensor, grad_out: Tensor, grid: Grid, axis: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = widen(grad_out)
+    steps = widen(x) / grid.scale
+    clipped = steps.clamp_max(grid.high).clamp_min_(grid.low)
+    inside = steps.eq_(clipped)  # 1.0 or 0.0: several times faster on CPU than a bool mask
+    grad_x = grad * inside
+    # d out / d scale: the rounding error inside the range, the end of the grid outside.
+    slope = clipped.round().sub_(clipped.mul_(inside)).mul_(grad)
+    of_shift = _per_range(grad - grad_x, axis)
+    return grad_x.to(grad_out.dtype), _per_range(slope, axis), of_shift
+
+
+def _blocks(axis: int | None, *tensors: Tensor) -> list[tuple[Tensor, ...]] | None:
+    """Return the tensors cut into pieces that stay in the cache, None where that gains nothing.
+
+    Temporaries of the size of a large activation cost more in page faults than all arithmetic on
+    them. One range and one layout in memory is what the hot cases have.
+    """
+    if axis is not None or tensors[0].numel() <= _block_values():
+        return None
+    if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
+        return None
+    return list(zip(*map(_split, tensors), strict=True))
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.view(-1).split(_block_values())
+
+
+def _block_values() -> int:
+    return 2**15 * torch.get_num_threads()  # torch gives a thread no less than 2**15 values
+
+
+def _statistics(grad: Tensor) -> Tensor:
+    mean = grad.sum() / max(grad.numel(), 1)
+    return torch.stack((mean, torch.linalg.vector_norm(grad).square())) * PROBE_SCALE
+
+
+def _per_range(values: Tensor, axis: int | None) -> Tensor:
+    """Return the sums of `values` over each range, shape (ranges,)."""
+    if axis is None:
+        return values.sum().reshape(1)
+    return values.movedim(axis, 0).reshape(values.shape[axis], -1).sum(1)
+
+
+def _grad_ends(of_scale: Tensor, of_shift: Tensor, ends: Tensor, grid: Grid) -> Tensor:
+    """Return the gradient with respect to `ends`.
+
+    of_scale is the gradient of the scale where zero_point is held. In an affine range zero_point
+    follows both ends, straight through its rounding, and moves every clipped value: of_shift is the
+    sum of their gradients.
+    """
+    if ends.ndim == 1:
+        return of_scale / grid.high
+    steps = grid.high - grid.low
+    of_scale = of_scale + of_shift * ends[0] / grid.scale
+    return torch.stack((of_scale / steps - of_shift, of_scale / steps))

@@ -1,0 +1,92 @@
+"""What a quantizer is for and which integer grids it may use, as a frozen value."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cgmq_fx.errors import UsageError
+from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH, is_width
+
+Role = Literal["weight", "activation", "input"]
+Scheme = Literal["symmetric", "unsigned", "affine"]
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """How one tensor is quantized.
+
+    Args:
+        role: what the tensor is: a weight, the result of an operation, or what comes from outside.
+        scheme: symmetric: real values in [-r, r], zero_point 0. unsigned: [0, r], zero_point 0.
+            affine: [low, high] around 0, with a zero_point that represents 0.0 exactly.
+        channel_axis: the axis along which each index has a range of its own; None: one range.
+        num_channels: the size of that axis; 1 where channel_axis is None.
+        widths: the allowed bit-widths, rising: 2 to 16, and 32 for a tensor left in float.
+        learned: False where nothing but `Quantizer.set_bit_width` moves the width, as for an image
+            whose 8 bits the cost table fixes.
+
+    Raises:
+        UsageError: fields out of these bounds, all named at once.
+    """
+
+    role: Role
+    scheme: Scheme
+    channel_axis: int | None = None
+    num_channels: int = 1
+    widths: tuple[int, ...] = DEFAULT_WIDTHS
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        faults = [*self._option_faults(), *self._width_faults(), *self._channel_faults()]
+        if faults:
+            raise UsageError("QuantizerSpec: " + "; ".join(faults))
+
+    def _option_faults(self) -> list[str]:
+        allowed = {"role": (self.role, get_args(Role)), "scheme": (self.scheme, get_args(Scheme))}
+        return [
+            f"{field}={value!r} is unknown, use one of {', '.join(map(repr, options))}"
+            for field, (value, options) in allowed.items()
+            if value not in options
+        ]
+
+    def _width_faults(self) -> list[str]:
+        wrong = [width for width in self.widths if not is_width(width)]
+        if wrong:
+            yours = ", ".join(map(repr, wrong))
+            return [f"widths={self.widths!r} has {yours}, use widths from 2 to 16, or 32"]
+        if not self.widths:
+            return [f"widths=() is empty, allow at least one, such as {DEFAULT_WIDTHS!r}"]
+        if list(self.widths) != sorted(set(self.widths)):
+            fixed = tuple(sorted(set(self.widths)))
+            return [f"widths={self.widths!r} must rise without repeats, use {fixed!r}"]
+        return []
+
+    def _channel_faults(self) -> list[str]:
+        if self.num_channels < 1:
+            return [f"num_channels={self.num_channels} must be at least 1"]
+        if self.channel_axis is None and self.num_channels != 1:
+            return [
+                f"num_channels={self.num_channels} needs a channel_axis, "
+                "use num_channels=1 for one range per tensor"
+            ]
+        return []
+
+
+def integer_grid(scheme: Scheme, bit_width: int) -> tuple[int, int]:
+    """Return quant_min and quant_max of a scheme at a width from 2 to 16.
+
+    Symmetric grids are narrow, so that 2 bits are ternary and -x is on the grid where x is.
+
+    Raises:
+        UsageError: 32 bits, where there is no grid, or a width that no quantizer has.
+
+    >>> integer_grid("symmetric", 2), integer_grid("unsigned", 2), integer_grid("affine", 8)
+    ((-1, 1), (0, 3), (0, 255))
+    """
+    if not is_width(bit_width) or bit_width == FLOAT_WIDTH:
+        raise UsageError(
+            f"bit_width={bit_width!r} has no integer grid; grids exist from 2 to 16 bits"
+        )
+    if scheme == "symmetric":
+        quant_max = 2 ** (bit_width - 1) - 1
+        return -quant_max, quant_max
+    return 0, 2**bit_width - 1

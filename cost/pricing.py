@@ -1,0 +1,218 @@
+"""Price the operations of a network: from rows and formulas to whole numbers by bit-widths."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from cgmq_fx.cost.monotone import CostTableWarning, falling_text
+from cgmq_fx.cost.operation import OPERAND_NAMES, BitSource, BoundOperation, Operation
+from cgmq_fx.cost.row import Row
+from cgmq_fx.cost.table import CostTable, supported_bits, unsupported
+from cgmq_fx.cost.terms import Term
+from cgmq_fx.errors import CostTableError
+
+_Costs = list[list[Fraction | None]]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What a cost table says of the operations of a network.
+
+    Attributes:
+        operations: as given.
+        rows: the row that prices each operation, or None.
+        terms: the costs of each operation, in 1 / `scale` of the table's unit.
+        scale: the common denominator of all costs.
+        reference: cost of the network at the reference bit-widths.
+        supported: for each site, the indices of the widths that the hardware has for all its uses.
+    """
+
+    operations: tuple[Operation, ...]
+    rows: tuple[Row | None, ...]
+    terms: tuple[Term, ...]
+    scale: int
+    reference: Fraction
+    supported: tuple[tuple[int, ...], ...]
+
+
+def price_operations(
+    bound_operations: Sequence[BoundOperation],
+    table: CostTable,
+    num_sites: int,
+    widths: tuple[int, ...],
+) -> Pricing:
+    """Return the costs of all operations at all widths.
+
+    Args:
+        bound_operations: operations and where their bit-widths come from.
+        table: the prices.
+        num_sites: number of learned bit-widths.
+        widths: the bit-widths that a site may have, rising.
+
+    Raises:
+        CostTableError: an operation that has MACs has no row, rows tie, a formula fails, or the
+            hardware has no bit-width that serves all uses of a site; the message lists all of them.
+    """
+    operations = tuple(bound.operation for bound in bound_operations)
+    table.require_priced(operations)
+    rows = tuple(table.row_for(operation) for operation in operations)
+    pricer = _Pricer(table, widths)
+    costs = [pricer.costs(bound, row) for bound, row in zip(bound_operations, rows, strict=True)]
+    supported = _supported(bound_operations, rows, table, num_sites, widths)
+    _refuse_unsupported(bound_operations, rows, costs, supported, table, widths)
+    scale = math.lcm(
+        *(cost.denominator for rows_ in costs for row in rows_ for cost in row if cost)
+    )
+    return Pricing(
+        operations,
+        rows,
+        tuple(
+            _term(bound, cost, scale) for bound, cost in zip(bound_operations, costs, strict=True)
+        ),
+        scale,
+        sum((table.reference_cost(operation) for operation in operations), Fraction(0)),
+        supported,
+    )
+
+
+def _term(bound: BoundOperation, costs: _Costs, scale: int) -> Term:
+    sites = [source.site for source in bound.sources] + [None, None]
+    scaled = tuple(
+        tuple(None if cost is None else int(cost * scale) for cost in row) for row in costs
+    )
+    return Term(bound.operation.name, (sites[0], sites[1]), scaled)
+
+
+def _widths_of(source: BitSource, widths: tuple[int, ...]) -> tuple[int, ...]:
+    if source.site is not None:
+        return widths
+    assert source.bits is not None
+    return (source.bits,)
+
+
+class _Pricer:
+    """Costs of operations at all widths; remembers what one piece of work costs by widths alone."""
+
+    def __init__(self, table: CostTable, widths: tuple[int, ...]) -> None:
+        self.table = table
+        self.widths = widths
+        self.known: dict[tuple[int, str, int, int], Fraction | None] = {}
+        self.warned: set[int] = set()
+
+    def costs(self, bound: BoundOperation, row: Row | None) -> _Costs:
+        """Return the cost by first and second width; one cell where nothing can be chosen."""
+        operation = bound.operation
+        if len(bound.sources) != len(OPERAND_NAMES[operation.operands]):
+            raise CostTableError(
+                f"operation {operation.name!r} has {len(OPERAND_NAMES[operation.operands])} "
+                f"bit-widths, {len(bound.sources)} sources were given: {bound.sources}"
+            )
+        if row is None:
+            return self._free(bound)
+        if not bound.sources:
+            return [[self.table.reference_cost(operation)]]
+        firsts, seconds = (_widths_of(source, self.widths) for source in bound.sources)
+        work = row.work(operation)
+        units = [[self._unit(row, operation, (a, b)) for b in seconds] for a in firsts]
+        if not row.depends_on_bits_only:
+            self._warn_if_falling(row, operation, firsts, seconds, units)
+        return [[None if unit is None else unit * work for unit in line] for line in units]
+
+    def _free(self, bound: BoundOperation) -> _Costs:
+        lengths = [len(_widths_of(source, self.widths)) for source in bound.sources] or [1, 1]
+        return [[Fraction(0)] * lengths[1] for _ in range(lengths[0])]
+
+    def _unit(self, row: Row, operation: Operation, bits: tuple[int, int]) -> Fraction | None:
+        if not row.depends_on_bits_only:
+            return row.unit_cost(operation, bits)
+        key = (id(row), operation.operands, *bits)
+        if key not in self.known:
+            self.known[key] = row.unit_cost(operation, bits)
+        return self.known[key]
+
+    def _warn_if_falling(
+        self,
+        row: Row,
+        operation: Operation,
+        firsts: tuple[int, ...],
+        seconds: tuple[int, ...],
+        units: _Costs,
+    ) -> None:
+        costs = {
+            (first, second): cost
+            for first, line in zip(firsts, units, strict=True)
+            for second, cost in zip(seconds, line, strict=True)
+            if cost is not None
+        }
+        names = OPERAND_NAMES[operation.operands]
+        axes = names[0].removesuffix("_bits"), names[1].removesuffix("_bits")
+        text = falling_text(axes, costs) if id(row) not in self.warned else None
+        if text is None:
+            return
+        self.warned.add(id(row))
+        message = f"cost table {self.table.name!r}: {row}, for operation {operation.name!r}: {text}"
+        if self.table.strict:
+            raise CostTableError(
+                f"{message}; correct the formula, or read the table without strict"
+            )
+        warnings.warn(message, CostTableWarning, stacklevel=5)
+
+
+def _supported(
+    bound_operations: Sequence[BoundOperation],
+    rows: Sequence[Row | None],
+    table: CostTable,
+    num_sites: int,
+    widths: tuple[int, ...],
+) -> tuple[tuple[int, ...], ...]:
+    """Return for each site the indices of `widths` that every operation on it supports."""
+    limits: list[list[tuple[str, frozenset[int]]]] = [[] for _ in range(num_sites)]
+    for bound, row in zip(bound_operations, rows, strict=True):
+        listed = supported_bits(row, bound.operation)
+        for source, available in zip(bound.sources, listed, strict=True):
+            if source.site is not None and available is not None:
+                limits[source.site].append((bound.operation.name, available))
+    supported: list[tuple[int, ...]] = []
+    faults: list[str] = []
+    for site, limit in enumerate(limits):
+        common = frozenset(widths).intersection(*(available for _, available in limit))
+        if not common:
+            listed_text = ", ".join(f"{name!r}: {sorted(bits)}" for name, bits in limit)
+            faults.append(f"site {site} serves {listed_text}")
+        supported.append(tuple(i for i, width in enumerate(widths) if width in common))
+    if faults:
+        raise CostTableError(
+            f"cost table {table.name!r} has no bit-width among {list(widths)} that all operations on "
+            f"one tensor support: {'; '.join(faults)}; allow one of these widths, or add it to the grids"
+        )
+    return tuple(supported)
+
+
+def _refuse_unsupported(
+    bound_operations: Sequence[BoundOperation],
+    rows: Sequence[Row | None],
+    costs: Sequence[_Costs],
+    supported: Sequence[tuple[int, ...]],
+    table: CostTable,
+    widths: tuple[int, ...],
+) -> None:
+    """Check that operands of fixed width fit: pairs of learned widths always do."""
+    faults: list[str] = []
+    for bound, row, cost in zip(bound_operations, rows, costs, strict=True):
+        if row is None or row.grid is None or not bound.sources:
+            continue
+        first, second = (
+            range(1) if source.site is None else supported[source.site] for source in bound.sources
+        )
+        missing = [(i, j) for i in first for j in second if cost[i][j] is None]
+        if missing:
+            i, j = missing[0]
+            bits = (
+                _widths_of(bound.sources[0], widths)[i],
+                _widths_of(bound.sources[1], widths)[j],
+            )
+            faults.append(unsupported(table, row, bound.operation, bits))
+    if faults:
+        raise CostTableError("; ".join(faults))

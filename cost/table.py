@@ -1,0 +1,231 @@
+"""Cost tables: what each operation costs at each pair of bit-widths, in one unit."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from cgmq_fx.cost.content import row_content
+from cgmq_fx.cost.faults import Faults
+from cgmq_fx.cost.monotone import CostTableWarning, row_falls
+from cgmq_fx.cost.operation import OPERAND_NAMES, Operation
+from cgmq_fx.cost.row import Row
+from cgmq_fx.cost.table_fields import (
+    SCHEMA,
+    TABLE_KEYS,
+    UNPRICED,
+    Reference,
+    check_rows,
+    normalise_table,
+)
+from cgmq_fx.errors import CostTableError
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Prices of operations, in one unit.
+
+    The order of rows never matters: of the rows that match an operation, the most specific one prices
+    it (`Row.beats`), and two of equal rank are an error.
+
+    Attributes:
+        name: what budgets and reports call it.
+        unit: of every cost in it, such as ``cycle`` or ``uJ``.
+        rows: the prices.
+        source: where the numbers come from.
+        input_bits: bit-width of what arrives from outside, unless its quantizer is learned.
+        reference: the bit-widths that "100 %" means; a mapping ``{"weight": 32, "activation": 32}``
+            is accepted.
+        unpriced: what becomes of an operation that has MACs and no row: "error", or "zero": it costs
+            nothing and is reported as unpriced.
+        schema: version of the format.
+        origin: the file it was read from, for messages; no part of the table's value.
+        strict: whether a cost that falls when bits rise is an error, not a `CostTableWarning`.
+
+    Raises:
+        CostTableError: some field is malformed; the message lists every fault.
+    """
+
+    name: str
+    unit: str
+    rows: tuple[Row, ...]
+    source: str = ""
+    input_bits: int = 8
+    reference: Reference = Reference()
+    unpriced: str = UNPRICED[0]
+    schema: int = SCHEMA
+    origin: str = field(default="", compare=False)
+    strict: bool = field(default=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        place = self.origin or f"CostTable {self.name!r}"
+        faults = Faults()
+        raw = {key: getattr(self, key) for key in TABLE_KEYS}
+        values = normalise_table(raw, faults)
+        object.__setattr__(self, "rows", tuple(self.rows))
+        check_rows(self.rows, faults)
+        faults.raise_if_any(place)
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+        self._check_monotone(place)
+
+    def _check_monotone(self, place: str) -> None:
+        falls = [f"{row}: {text}" for row in self.rows if (text := row_falls(row)) is not None]
+        if falls and self.strict:
+            raise CostTableError(
+                f"cost table {place} refused, since it is read with strict=True: {'; '.join(falls)}; "
+                "correct the costs, or read it without strict"
+            )
+        for text in falls:
+            warnings.warn(f"cost table {place}: {text}", CostTableWarning, stacklevel=4)
+
+    def row_for(self, operation: Operation) -> Row | None:
+        """Return the most specific row that matches `operation`, or None.
+
+        Raises:
+            CostTableError: several rows match and none beats all others.
+        """
+        matching = [row for row in self.rows if row.matches(operation)]
+        best = [
+            row
+            for row in matching
+            if not any(other.beats(row, operation) for other in matching if other is not row)
+        ]
+        if len(best) > 1:
+            raise CostTableError(
+                f"cost table {self.name!r}: {len(best)} rows are equally specific for operation "
+                f"{operation.name!r} ({operation.op}): {' and '.join(map(str, best))}; "
+                "add a condition to the 'where' of the one that is meant"
+            )
+        return best[0] if best else None
+
+    def reference_bits(self, operation: Operation) -> tuple[int, int]:
+        """Return the two bit-widths at which `operation` costs 100 %."""
+        if operation.operands == "pair":
+            return self.reference.activation, self.reference.activation
+        return self.reference.weight, self.reference.activation
+
+    def cost(self, operation: Operation, bits: tuple[int, ...] = ()) -> Fraction:
+        """Return the cost of `operation` in the table's unit, for one sample.
+
+        Args:
+            operation: what is priced.
+            bits: its two bit-widths, in the order of ``OPERAND_NAMES``; none for an operation without
+                quantizable operands, which runs at the reference.
+
+        Raises:
+            CostTableError: no row prices it though it has MACs, or the hardware does not have the
+                bit-widths.
+        """
+        if len(bits) != len(OPERAND_NAMES[operation.operands]):
+            raise CostTableError(
+                f"operation {operation.name!r} has {len(OPERAND_NAMES[operation.operands])} "
+                f"bit-widths, {len(bits)} were given: {bits}"
+            )
+        if not bits:
+            return self.reference_cost(operation)
+        row = self._required_row(operation)
+        if row is None:
+            return Fraction(0)
+        cost = row.unit_cost(operation, (bits[0], bits[1]))
+        if cost is None:
+            raise CostTableError(unsupported(self, row, operation, (bits[0], bits[1])))
+        return cost * row.work(operation)
+
+    def reference_cost(self, operation: Operation) -> Fraction:
+        """Return the cost of `operation` at the reference bit-widths.
+
+        A grid that does not reach up to the reference bears its widest pair instead: 100 % is then the
+        widest that the hardware has.
+        """
+        row = self._required_row(operation)
+        if row is None:
+            return Fraction(0)
+        cost = row.unit_cost(operation, self.reference_bits(operation))
+        if cost is None:
+            assert row.grid is not None
+            cost = row.grid.widest().cost
+        return cost * row.work(operation)
+
+    def supported_bits(self, operation: Operation) -> tuple[frozenset[int] | None, ...]:
+        """Return the bit-widths that the hardware has for each operand; None where it has any."""
+        row = self._required_row(operation)
+        return supported_bits(row, operation)
+
+    def _required_row(self, operation: Operation) -> Row | None:
+        row = self.row_for(operation)
+        if row is None:
+            self.require_priced([operation])
+        return row
+
+    def require_priced(self, operations: Iterable[Operation]) -> None:
+        """Check that every operation that has MACs has a row, unless the table says "zero".
+
+        Raises:
+            CostTableError: some have none; the message lists all of them.
+        """
+        if self.unpriced == "zero":
+            return
+        missing = [op for op in operations if op.macs > 0 and self.row_for(op) is None]
+        if missing:
+            total = sum(operation.macs for operation in missing)
+            listed = "; ".join(
+                f"{operation.name!r} ({operation.op}, {operation.target}, {operation.macs:,} MACs)"
+                for operation in missing
+            )
+            raise CostTableError(
+                f"cost table {self.name!r} has no row for {len(missing)} operations with {total:,} "
+                f'MACs: {listed}; add rows for them, or set unpriced = "zero" and see them in the '
+                "report"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as the plain values of a table file, rows in a fixed order."""
+        rows = [row_content(row) for row in self.rows]
+        return {
+            "schema": self.schema,
+            "name": self.name,
+            "unit": self.unit,
+            "source": self.source,
+            "input_bits": self.input_bits,
+            "reference": {
+                "weight": self.reference.weight,
+                "activation": self.reference.activation,
+            },
+            "unpriced": self.unpriced,
+            "row": sorted(rows, key=lambda row: json.dumps(row, sort_keys=True)),
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the table's content; the same for the same rows in another order."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def supported_bits(row: Row | None, operation: Operation) -> tuple[frozenset[int] | None, ...]:
+    """Return the bit-widths that `row` lists for each operand of `operation`; None where it has any."""
+    names = OPERAND_NAMES[operation.operands]
+    if row is None or row.grid is None:
+        return (None,) * len(names)
+    by_axis = {axis: row.grid.widths(index) for index, axis in enumerate(row.grid.axes)}
+    by_axis.setdefault("weight", by_axis.get("rhs", frozenset()))
+    by_axis.setdefault("activation", by_axis.get("lhs", frozenset()))
+    by_axis.setdefault("rhs", by_axis["weight"])
+    by_axis.setdefault("lhs", by_axis["activation"])
+    return tuple(by_axis[name.removesuffix("_bits")] for name in names)
+
+
+def unsupported(table: CostTable, row: Row, operation: Operation, bits: tuple[int, int]) -> str:
+    """Return the message for a pair of bit-widths that the grid of `row` does not contain."""
+    assert row.grid is not None
+    names = OPERAND_NAMES[operation.operands] or ("weight_bits", "activation_bits")
+    pairs = ", ".join(f"({entry.first}, {entry.second})" for entry in row.grid.entries)
+    return (
+        f"cost table {table.name!r}: operation {operation.name!r} ({operation.op}) at "
+        f"{names[0]} = {bits[0]}, {names[1]} = {bits[1]} fits into no pair of {row}, which lists "
+        f"({', '.join(row.grid.axes)}) = {pairs}; add a wide enough pair, or quantize its operands"
+    )

@@ -1,0 +1,108 @@
+"""Writes on every node which operation it is, and which operands of it can be quantized."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import fx
+
+from cgmq_fx.cost.operation import Operands
+from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, MetaKey, OperandRef, OpInfo
+from cgmq_fx.passes.op_classes import class_of_function, class_of_method, class_of_module
+from cgmq_fx.quantizers import Quantizer
+
+_WEIGHT_OPS = frozenset(
+    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+)
+_ELEMENTWISE_PAIRS = frozenset({"add", "sub", "mul", "div"})
+# Calls whose two factors are not their first two arguments: position of the first factor.
+_FACTORS_FROM = {torch.baddbmm: 1, torch.addmm: 1, "baddbmm": 1, "addmm": 1, torch.einsum: 1}
+
+
+@final
+@dataclass(frozen=True)
+class AnnotateOperations(GraphPass):
+    """Write `OP_INFO` and `IS_CONSTANT` on every node.
+
+    A node is constant when it does not depend on the inputs of the model: a parameter, or something
+    computed from parameters alone, such as a standardised weight.
+    """
+
+    name: ClassVar[str] = "annotate-operations"
+    provides: ClassVar[frozenset[MetaKey[Any]]] = frozenset({OP_INFO, IS_CONSTANT})
+
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Annotate `gm`; see `GraphPass.run`."""
+        for node in gm.graph.nodes:
+            IS_CONSTANT.set(node, _is_constant(gm, node))
+            OP_INFO.set(node, _op_info(gm, node))
+        return False
+
+
+def _is_constant(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op in ("placeholder", "output") or not node.all_input_nodes:
+        return False
+    if node.op == "call_module" and not isinstance(gm.get_submodule(str(node.target)), Quantizer):
+        return False
+    return all(IS_CONSTANT.get(arg) for arg in node.all_input_nodes)
+
+
+def operand_of(node: fx.Node, ref: OperandRef) -> Any:
+    """Return what `node` is given for the operand `ref`, or None."""
+    if ref.keyword in node.kwargs:
+        return node.kwargs[ref.keyword]
+    if ref.index < len(node.args):
+        return node.args[ref.index]
+    return None
+
+
+def _op_info(gm: fx.GraphModule, node: fx.Node) -> OpInfo:
+    match node.op:
+        case "call_function":
+            assert callable(node.target)
+            op = class_of_function(node.target)
+            target = fx.node._get_qualified_name(node.target)
+        case "call_method":
+            op, target = class_of_method(str(node.target)), f"torch.Tensor.{node.target}"
+        case "call_module":
+            module = gm.get_submodule(str(node.target))
+            kind = type(module)
+            op, target = class_of_module(module), f"{kind.__module__}.{kind.__qualname__}"
+        case _:
+            op, target = "reshape", node.op
+    operands, refs, reason = _operands(node, op)
+    return OpInfo(op, target, operands, refs, reason)
+
+
+def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...], str]:
+    if node.op == "call_module" and op != "attention":
+        return "none", (), f"the layer '{node.target}' is not opened"
+    if op in _WEIGHT_OPS:
+        return _refs(node, "weight", ((1, "weight"), (0, "input")))
+    if op == "embedding":
+        return _refs(node, "weight", ((1, "weight"),))
+    if op == "attention":
+        return _refs(node, "pair", ((0, "query"), (1, "key"), (2, "value")))
+    if op == "matmul":
+        first = _FACTORS_FROM.get(node.target, 0)
+        if node.target is torch.einsum and len(node.args) != 3:
+            return "none", (), "an einsum of other than two tensors"
+        return _refs(node, "pair", ((first, "input"), (first + 1, "other")))
+    if op in _ELEMENTWISE_PAIRS:
+        return _refs(node, "pair", ((0, "input"), (1, "other")))
+    return "none", (), "no operand that a product reads"
+
+
+def _refs(
+    node: fx.Node, operands: Operands, places: tuple[tuple[int, str], ...]
+) -> tuple[Operands, tuple[OperandRef, ...], str]:
+    refs = []
+    for index, keyword in places:
+        value = operand_of(node, OperandRef(index, keyword, is_weight=False))
+        if not isinstance(value, fx.Node):
+            return "none", (), f"operand '{keyword}' is not a tensor of the graph"
+        refs.append(OperandRef(index, keyword, IS_CONSTANT.get(value)))
+    return operands, tuple(refs), ""

@@ -1,0 +1,146 @@
+"""Opens layers with parameters, so that a weight is an edge of the graph like any other tensor."""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
+
+from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.guards import TrainingMode
+from cgmq_fx.passes.meta import MODULE_PATH
+from cgmq_fx.passes.multi_head_attention import can_open, open_attention
+from cgmq_fx.passes.proxies import TracedValue
+from cgmq_fx.passes.trace import TRAINING_MODE
+
+# Layers whose forward depends on the training mode or changes state stay modules.
+_CLOSED = (_BatchNorm, _InstanceNorm, nn.RNNBase, nn.RNNCellBase)
+
+
+@final
+@dataclass(frozen=True)
+class Functionalize(GraphPass):
+    """Replace each call of a layer that owns parameters by the functions that it calls.
+
+    The layer's parameters become `get_attr` nodes under their old names, so that every key of the
+    state dict stays. Layers with a train/eval mode, with hooks, or whose forward cannot be recorded stay.
+
+    Numerics: exact.
+    """
+
+    name: ClassVar[str] = "functionalize"
+
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Open every layer that can be opened; see `GraphPass.run`."""
+        return any([_open_node(gm, node) for node in list(gm.graph.nodes)])
+
+
+class _Recorder(GraphAppendingTracer):
+    """Records what a layer does in front of the node that calls it."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return TracedValue(node, self)
+
+
+def _open_node(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = gm.get_submodule(str(node.target))
+    if not _is_open(module):
+        return False
+    before = node.prev
+    try:
+        with gm.graph.inserting_before(node):
+            result = _record(gm, module, node)
+            replaced = _as_nodes(result, gm.graph)
+    except Exception:  # a forward that cannot be recorded: the layer stays closed, and is priced so
+        while node.prev is not before:
+            gm.graph.erase_node(node.prev)
+        return False
+    node.replace_all_uses_with(replaced)
+    gm.graph.erase_node(node)
+    path, opened = MODULE_PATH.find(node) or str(node.target), replaced
+    while opened is not before:
+        MODULE_PATH.set(opened, path)
+        opened = opened.prev
+        if opened.next.op == "get_attr" and not opened.next.users:
+            gm.graph.erase_node(opened.next)
+    return True
+
+
+def _is_open(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return can_open(module) and not _has_hooks(module)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return False  # renormalises its weight in place
+    return (
+        type(module).__module__.startswith("torch.nn")
+        and bool(module._parameters)
+        and not isinstance(module, _CLOSED)
+        and not parametrize.is_parametrized(module)
+        and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
+        and not _has_hooks(module)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> Any:
+    recorder = _Recorder(gm.graph)
+    twin = _with_proxies(module, str(node.target), recorder)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)
+    if not isinstance(module, nn.MultiheadAttention):
+        return twin.forward(*args, **kwargs)
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+    arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+    mode = _mode_node(gm, recorder) if module.dropout > 0.0 else None
+    return open_attention(twin, mode, **arguments)
+
+
+def _mode_node(gm: fx.GraphModule, recorder: _Recorder) -> fx.Proxy:
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and node.target == TRAINING_MODE:
+            return recorder.proxy(node)
+    flag = TrainingMode()
+    flag.training = gm.training
+    gm.add_module(TRAINING_MODE, flag)
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        return recorder.proxy(gm.graph.call_module(TRAINING_MODE))
+
+
+def _with_proxies(module: nn.Module, path: str, recorder: _Recorder) -> nn.Module:
+    """Return a shallow twin of `module` whose parameters and buffers are proxies."""
+    twin = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        named = getattr(module, kind)
+        proxies = {
+            name: value if value is None else recorder.create_proxy("get_attr", f"{path}.{name}", (), {})
+            for name, value in named.items()
+        }
+        twin.__dict__[kind] = proxies
+    children = {
+        name: child if child is None else _with_proxies(child, f"{path}.{name}", recorder)
+        for name, child in module._modules.items()
+    }
+    twin.__dict__["_modules"] = children
+    return twin
+
+
+def _as_nodes(result: Any, graph: fx.Graph) -> fx.Node:
+    if isinstance(result, fx.Proxy):
+        return result.node
+    items = tuple(item.node if isinstance(item, fx.Proxy) else item for item in result)
+    return graph.call_function(make_tuple, items)
+
+
+def make_tuple(*items: object) -> tuple[object, ...]:
+    """Return `items` as one value, for layers that return several."""
+    return items

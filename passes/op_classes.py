@@ -1,0 +1,145 @@
+"""Which operation class of cgmq_fx a call in a graph belongs to.
+
+The classes are the vocabulary of cost tables, reports and the coverage ledger. A call that is not
+listed is ``other``: it is never quantized, and its work is counted by running it.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cgmq_fx.attention import AttentionQuantizer
+from cgmq_fx.passes.functionalize import make_tuple
+from cgmq_fx.passes.guards import TrainingMode, check_same, select_mode
+from cgmq_fx.passes.multi_head_attention import merge_masks
+from cgmq_fx.quantizers import Quantizer
+
+#: Operations whose output holds elements of their input, rearranged: they compute nothing.
+REARRANGING = "reshape"
+
+_FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
+    "conv1d": (F.conv1d,),
+    "conv2d": (F.conv2d,),
+    "conv3d": (F.conv3d,),
+    "conv_transpose1d": (F.conv_transpose1d,),
+    "conv_transpose2d": (F.conv_transpose2d,),
+    "conv_transpose3d": (F.conv_transpose3d,),
+    "linear": (F.linear,),
+    "matmul": (torch.matmul, torch.bmm, torch.mm, operator.matmul, torch.baddbmm, torch.addmm, torch.einsum),
+    "attention": (F.scaled_dot_product_attention,),
+    "embedding": (F.embedding, F.embedding_bag),
+    "add": (operator.add, operator.iadd, torch.add),
+    "sub": (operator.sub, operator.isub, torch.sub, torch.subtract),
+    "mul": (operator.mul, operator.imul, torch.mul, torch.multiply),
+    "div": (operator.truediv, operator.itruediv, torch.div, torch.true_divide),
+    "cat": (torch.cat, torch.concat, torch.concatenate, torch.stack),
+    "max_pool": (
+        F.max_pool1d, F.max_pool2d, F.max_pool3d,
+        F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+        torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+    ),
+    "avg_pool": (
+        F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+        F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    ),
+    "activation": (
+        F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid,
+        F.hardtanh, F.leaky_relu, F.elu, F.selu, F.celu, F.mish, F.softplus, F.sigmoid, torch.sigmoid,
+        F.tanh, torch.tanh, F.prelu, F.glu, F.logsigmoid, F.softsign, F.threshold,
+    ),
+    "softmax": (F.softmax, torch.softmax, F.log_softmax, torch.log_softmax, F.softmin),
+    "batch_norm": (F.batch_norm,),
+    "layer_norm": (F.layer_norm,),
+    "group_norm": (F.group_norm,),
+    "instance_norm": (F.instance_norm,),
+    "rms_norm": (F.rms_norm,),
+    "dropout": (
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    ),
+    "interpolate": (F.interpolate, F.upsample, F.grid_sample),
+    "reduce": (torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, torch.prod, torch.norm),
+    "elementwise": (
+        F.normalize, torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.pow, torch.abs, torch.clamp,
+        torch.neg, operator.neg, operator.pow, torch.maximum, torch.minimum, torch.where, torch.square,
+        operator.floordiv, operator.mod, torch.sin, torch.cos, torch.masked_fill,
+    ),
+    REARRANGING: (
+        operator.getitem, operator.setitem, getattr, len, torch.flatten, torch.reshape, torch.permute,
+        torch.transpose, torch.chunk, torch.split, torch.unbind, torch.squeeze, torch.unsqueeze, torch.roll,
+        torch.swapaxes, torch.movedim, torch.unflatten, F.pad, F.pixel_shuffle, F.pixel_unshuffle,
+        F.channel_shuffle, F.unfold, F.fold, torch.tile, torch.index_select, torch.broadcast_to, torch.clone,
+        torch.arange, torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch._assert,
+        make_tuple, check_same, select_mode, merge_masks, torch.flip, torch.narrow,
+    ),
+}  # fmt: skip
+
+_METHODS: Mapping[str, tuple[str, ...]] = {
+    "matmul": ("matmul", "bmm", "mm", "__matmul__", "baddbmm", "addmm"),
+    "add": ("add", "add_", "__add__", "__radd__"),
+    "sub": ("sub", "sub_", "subtract"),
+    "mul": ("mul", "mul_", "multiply"),
+    "div": ("div", "div_", "true_divide"),
+    "activation": ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_"),
+    "softmax": ("softmax", "log_softmax"),
+    "reduce": ("mean", "sum", "amax", "amin", "max", "min", "prod", "norm", "var", "std"),
+    "elementwise": (
+        "exp", "log", "sqrt", "rsqrt", "pow", "abs", "clamp", "neg", "masked_fill", "square",
+        "clamp_", "masked_fill_", "__neg__",
+    ),
+    REARRANGING: (
+        "view", "reshape", "flatten", "permute", "transpose", "contiguous", "chunk", "split", "unbind",
+        "squeeze", "unsqueeze", "size", "dim", "expand", "expand_as", "repeat", "to", "type_as", "float",
+        "clone", "detach", "unflatten", "view_as", "reshape_as", "narrow", "index_select", "roll", "flip",
+        "new_zeros", "new_ones", "new_full", "t", "numel", "movedim", "swapaxes", "type", "unfold",
+    ),
+}  # fmt: skip
+
+_MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
+    "batch_norm": (nn.modules.batchnorm._BatchNorm,),
+    "instance_norm": (nn.modules.instancenorm._InstanceNorm,),
+    "layer_norm": (nn.LayerNorm,),
+    "group_norm": (nn.GroupNorm,),
+    "rms_norm": (nn.RMSNorm,),
+    "dropout": (nn.modules.dropout._DropoutNd,),
+    "max_pool": (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
+    "avg_pool": (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
+    "softmax": (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin),
+    "activation": (
+        nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
+        nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.PReLU, nn.GLU, nn.LogSigmoid,
+        nn.Softsign, nn.Threshold,
+    ),
+    "interpolate": (nn.Upsample,),
+    "rnn": (nn.RNNBase, nn.RNNCellBase),
+    "attention": (AttentionQuantizer,),
+    REARRANGING: (
+        nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+        nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.modules.padding._ConstantPadNd, nn.Unfold, nn.Fold,
+        nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd, TrainingMode, Quantizer,
+    ),
+}  # fmt: skip
+
+_CLASS_OF_FUNCTION: Mapping[Any, str] = {f: op for op, fs in _FUNCTIONS.items() for f in fs}
+_CLASS_OF_METHOD: Mapping[str, str] = {m: op for op, ms in _METHODS.items() for m in ms}
+
+
+def class_of_function(function: Callable[..., Any]) -> str:
+    """Return the operation class of a function, or ``other``."""
+    return _CLASS_OF_FUNCTION.get(function, "other")
+
+
+def class_of_method(method: str) -> str:
+    """Return the operation class of a tensor method, or ``other``."""
+    return _CLASS_OF_METHOD.get(method, "other")
+
+
+def class_of_module(module: nn.Module) -> str:
+    """Return the operation class of a module, or ``other``."""
+    for op, types in _MODULES.items():
+        if isinstance(module, types):
+            return op
+    return "other"

@@ -1,0 +1,119 @@
+"""Decides which tensors are quantized, and which of them must have one quantizer."""
+
+import keyword
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import networkx as nx
+from torch import fx
+
+from cgmq_fx.passes.annotate_operations import operand_of
+from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.deployed import deployed_nodes
+from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, SITES, VALUE, MetaKey, OperandRef, SiteRef, TensorInfo
+from cgmq_fx.passes.values import find_attribute
+from cgmq_fx.quantizers import Quantizer
+
+
+@final
+@dataclass(frozen=True)
+class ShareQuantizers(GraphPass):
+    """Write `SITES` on every node: which of its operands read which quantizer.
+
+    A quantizer belongs to a tensor, so all operations that read the tensor share it. Parameters that
+    are one object under several names (tied weights) are one tensor. An operation outside `ops` that
+    looks up a shared weight, such as the embedding tied to an output layer, reads the quantized one
+    too: the weight is stored once.
+
+    Args:
+        ops: operation classes, or FX targets in full, all of whose operands are quantized.
+        weight_ops: those of which only weights are.
+    """
+
+    name: ClassVar[str] = "share-quantizers"
+    requires: ClassVar[frozenset[MetaKey[Any]]] = frozenset({OP_INFO, IS_CONSTANT})
+    provides: ClassVar[frozenset[MetaKey[Any]]] = frozenset({SITES})
+
+    ops: frozenset[str]
+    weight_ops: frozenset[str] = frozenset()
+
+    def run(self, gm: fx.GraphModule) -> bool:
+        """Annotate `gm`; see `GraphPass.run`."""
+        deployed = deployed_nodes(gm.graph)
+        operands = [
+            (node, ref, tensor)
+            for node in gm.graph.nodes
+            if node in deployed and OP_INFO.get(node).operands != "none"
+            for ref, tensor in _float_operands(gm, node)
+        ]
+        tensors = nx.Graph()
+        chosen = [(n, ref, tensor) for n, ref, tensor in operands if self._is_chosen(n, ref)]
+        for _, _, tensor in chosen:
+            tensors.add_edge(tensor, _storage(gm, tensor))
+        for node, ref, tensor in operands:
+            tied = OP_INFO.get(node).op == "embedding" and _storage(gm, tensor) in tensors
+            if tied and not self._is_chosen(node, ref):
+                tensors.add_edge(tensor, _storage(gm, tensor))
+                chosen.append((node, ref, tensor))
+        site_of = _name_sites(gm, tensors)
+        read: dict[fx.Node, list[SiteRef]] = {node: [] for node in gm.graph.nodes}
+        for node, ref, tensor in chosen:
+            read[node].append(SiteRef(ref, site_of[tensor]))
+        for node, sites in read.items():
+            SITES.set(node, tuple(sites))
+        return False
+
+    def _is_chosen(self, node: fx.Node, ref: OperandRef) -> bool:
+        info = OP_INFO.get(node)
+        names = {info.op, info.target}
+        return bool(names & self.ops) or (ref.is_weight and bool(names & self.weight_ops))
+
+
+def _float_operands(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[OperandRef, fx.Node]]:
+    for ref in OP_INFO.get(node).refs:
+        tensor = operand_of(node, ref)
+        value = VALUE.find(tensor)
+        if isinstance(value, TensorInfo) and not value.dtype.is_floating_point:
+            continue
+        if not is_quantizer(gm, tensor):
+            yield ref, tensor
+
+
+def is_quantizer(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Tell whether `node` calls a quantizer."""
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), Quantizer)
+
+
+def _storage(gm: fx.GraphModule, tensor: fx.Node) -> object:
+    """Return what makes two tensors the same one: a parameter's identity, else the node."""
+    if tensor.op == "get_attr":
+        return "parameter", id(find_attribute(gm, str(tensor.target)))
+    return "node", tensor.name
+
+
+def _name_sites(gm: fx.GraphModule, tensors: "nx.Graph[Any]") -> dict[fx.Node, str]:
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    groups = [
+        sorted((member for member in group if isinstance(member, fx.Node)), key=order.__getitem__)
+        for group in nx.connected_components(tensors)
+    ]
+    site_of: dict[fx.Node, str] = {}
+    taken = set(getattr(gm, "quantizers", ()))
+    for group in sorted(groups, key=lambda members: order[members[0]]):
+        first = group[0]
+        name = _identifier(str(first.target) if first.op == "get_attr" else first.name)
+        count = 1
+        unique = name
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        taken.add(unique)
+        site_of.update(dict.fromkeys(group, unique))
+    return site_of
+
+
+def _identifier(text: str) -> str:
+    name = re.sub(r"\W", "_", text)
+    return f"{name}_" if keyword.iskeyword(name) or name[:1].isdigit() else name
