@@ -46,7 +46,14 @@ class AttentionQuantizer(Quantizer):
                     attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)
                 )
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
             )
         weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)
         quantized: Tensor = super().forward(weights)

@@ -16,6 +16,7 @@ from cgmq_fx.units import (
     exact,
     format_amount,
     format_number,
+    is_number,
     parse_amount,
     parse_number,
     parse_unit,
@@ -59,7 +60,8 @@ class Limit:
         """
         if self.share is not None:
             return self.share * reference
-        assert self.value is not None and self.unit is not None
+        assert self.value is not None
+        assert self.unit is not None
         try:
             return convert(self.value, self.unit, unit)
         except UsageError as error:
@@ -72,7 +74,8 @@ class Limit:
         """Return the limit as a person would write it, such as ``0.5 %`` or ``64 KiB``."""
         if self.share is not None:
             return f"{format_number(self.share * 100, 6)} %"
-        assert self.value is not None and self.unit is not None
+        assert self.value is not None
+        assert self.unit is not None
         return format_amount(self.value, self.unit, 6)
 
 
@@ -96,8 +99,8 @@ class Budget:
         """Read a budget.
 
         Args:
-            spec: a share (``"0.5%"``, ``0.005``), an amount (``"12 MBOP"``), a mapping from resource
-                names to these, or another budget.
+            spec: a share (``"0.5%"``, ``0.005``), an amount (``"12 MBOP"``), a mapping from
+                resource names to these, or another budget.
             resources: the same as a mapping, as keywords.
 
         Raises:
@@ -133,8 +136,8 @@ class Budget:
 
         Args:
             units: unit of each table (or other resource) by its name.
-            default: table of the call: bears a limit without a name, and wins where an alias such as
-                ``latency`` fits several tables.
+            default: table of the call: bears a limit without a name, and wins where an alias such
+                as ``latency`` fits several tables.
 
         Raises:
             BudgetError: a name fits none or several of the tables, or two names fit the same one.
@@ -202,10 +205,10 @@ def resolve_resource(name: str | None, units: Mapping[str, str], default: str | 
         assert default is not None
         return default
     if len(fitting) != 1:
-        found = "no table" if not fitting else " and ".join(repr(table) for table in fitting)
+        found = " and ".join(repr(table) for table in fitting) + " do" if fitting else "no table does"
         raise BudgetError(
             f"budget resource {name!r} means a table that counts {DIMENSIONS[dimension]}, and "
-            f"{found} does; name one table itself; known: {known}"
+            f"{found}; name one table itself; known: {known}"
         )
     return fitting[0]
 
@@ -215,7 +218,7 @@ def _measures(unit: str, dimension: str) -> bool:
 
 
 def _shown(name: str | None) -> str:
-    return "without a name" if name is None else repr(name)
+    return "(no name)" if name is None else repr(name)
 
 
 def _read_entries(entries: list[tuple[str | None, object]]) -> tuple[tuple[str | None, Limit], ...]:
@@ -267,13 +270,9 @@ def _limit_from_text(text: str) -> Limit:
     try:
         if percent is not None:
             return _share(parse_number(percent["number"]) / 100, shown, bare=False)
-        if "%" in text:
-            raise UsageError("'%' stands once, at the end")
-        try:
-            number = parse_number(text)
-        except UsageError:
-            return _absolute(*parse_amount(text), shown)
-        return _share(number, shown, bare=True)
+        if is_number(text):
+            return _share(parse_number(text), shown, bare=True)
+        return _absolute(*parse_amount(text), shown)
     except UsageError as error:
         raise BudgetError(f"budget {shown} cannot be read: {error}; {_WAYS}") from error
 
@@ -286,8 +285,8 @@ def _share(share: Fraction, shown: str, *, bare: bool) -> Limit:
     if bare:
         plain = shown.strip("'\"")
         raise BudgetError(
-            f"budget {shown} is a bare number above 1: write '{plain}%' for a share of the reference "
-            f"cost, or '{plain} MBOP' (any unit) for an amount"
+            f"budget {shown} is a bare number above 1: write '{plain}%' for a share of the "
+            f"reference cost, or '{plain} MBOP' (any unit) for an amount"
         )
     raise BudgetError(
         f"budget {shown} is above 100% of the reference cost, so it bounds nothing; "

@@ -29,6 +29,10 @@ RANGE_MIN, RANGE_MAX = 2.0**-100, 2.0**126
 """Bounds of a range in real units: every scale up to 16 bits is finite and no subnormal number."""
 
 
+BLOCK_VALUES = 2**17
+"""Values of a large tensor worked on at a time: temporaries of this size fit a CPU's cache."""
+
+
 class Grid(NamedTuple):
     """Where the representable values lie: k * scale for the integers k from low to high.
 
@@ -159,14 +163,8 @@ class _FakeQuantize(torch.autograd.Function):
         grid = grid_of(ends, quant_min, quant_max)
         ctx.save_for_backward(x, multiplier, base, quant_max, passthrough, ends, *grid)
         inner = grid.along(channel_axis, x.ndim)
-        if bypass is None:
-            return torch.where(passthrough, x, _snap(x, inner))
-        if (blocks := _blocks(channel_axis, x)) is None:
-            return _snap(x, inner)
-        out = torch.empty_like(x)
-        for (block,), target in zip(blocks, _split(out), strict=True):
-            target.copy_(_snap(block, inner))
-        return out
+        out = to_steps(widen(x), inner).mul_(inner.scale).to(x.dtype)
+        return torch.where(passthrough, x, out) if bypass is None else out
 
     @staticmethod
     @once_differentiable
@@ -176,11 +174,17 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.bypass:
             return _gradients(grad_out if needs_x else None, None, grad_probe)
         x, multiplier, base, quant_max, passthrough, ends, *fields = ctx.saved_tensors
-        grad_x, of_scale, of_shift = _backpropagate(x, grad_out, Grid(*fields), ctx.channel_axis)
+        grid = Grid(*fields)
+        inner = grid.along(ctx.channel_axis, x.ndim)
+        axis, affine = ctx.channel_axis, ends.ndim == 2
+        if ctx.bypass is not None and _fits_blocks(x, grad_out, axis):
+            grad_x, sums = _backpropagate_in_blocks(x, grad_out, inner, affine=affine)
+        else:
+            grad_x, sums = _backpropagate(x, grad_out, inner, axis, affine=affine)
         grad_multiplier = None
         if needs_multiplier:
-            grad_ends = _grad_ends(of_scale, of_shift, ends, Grid(*fields))
-            numel = x.numel() / of_scale.numel()
+            grad_ends = _grad_ends(sums, ends, grid)
+            numel = x.numel() / sums.shape[1]
             gain = range_gain(numel, quant_max, base, is_weight=ctx.is_weight)
             grad_multiplier = grad_ends * torch.copysign(widen(base) * gain, widen(multiplier))
             grad_multiplier = grad_multiplier.to(multiplier.dtype)
@@ -197,29 +201,14 @@ def _gradients(
     return x, multiplier, None, None, None, None, probe, None, None, None
 
 
-def _snap(x: Tensor, grid: Grid) -> Tensor:
-    return to_steps(widen(x), grid).mul_(grid.scale).to(x.dtype)
-
-
 def _backpropagate(
-    x: Tensor, grad_out: Tensor, grid: Grid, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of x, and per range those of the scale and of the clipped values."""
-    inner = grid.along(axis, x.ndim)
-    if (blocks := _blocks(axis, x, grad_out)) is None:
-        return _backpropagate_block(x, grad_out, inner, axis)
-    grad_x, parts = torch.empty_like(grad_out), []
-    for (block, grad), target in zip(blocks, _split(grad_x), strict=True):
-        result, *sums = _backpropagate_block(block, grad, inner, None)
-        target.copy_(result)
-        parts.append(torch.cat(sums))
-    of_scale, of_shift = torch.stack(parts).sum(0).split(1)
-    return grad_x, of_scale, of_shift
+    x: Tensor, grad_out: Tensor, grid: Grid, axis: int | None, *, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and sums per range in rows.
 
-
-def _backpropagate_block(
-    x: Tensor, grad_out: Tensor, grid: Grid, axis: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    The first is the gradient of the scale where zero_point is held; the second, for affine ranges,
+    the sum of the gradients that meet clipped values.
+    """
     grad = widen(grad_out)
     steps = widen(x) / grid.scale
     clipped = steps.clamp_max(grid.high).clamp_min_(grid.low)
@@ -227,29 +216,36 @@ def _backpropagate_block(
     grad_x = grad * inside
     # d out / d scale: the rounding error inside the range, the end of the grid outside.
     slope = clipped.round().sub_(clipped.mul_(inside)).mul_(grad)
-    of_shift = _per_range(grad - grad_x, axis)
-    return grad_x.to(grad_out.dtype), _per_range(slope, axis), of_shift
+    sums = [_per_range(slope, axis)]
+    if affine:
+        sums.append(_per_range(slope.copy_(grad).sub_(grad_x), axis))
+    return grad_x.to(grad_out.dtype), torch.stack(sums)
 
 
-def _blocks(axis: int | None, *tensors: Tensor) -> list[tuple[Tensor, ...]] | None:
-    """Return the tensors cut into pieces that stay in the cache, None where that gains nothing.
+def _backpropagate_in_blocks(
+    x: Tensor, grad_out: Tensor, grid: Grid, *, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """Do the same for one range, in pieces that stay in the cache.
 
-    Temporaries of the size of a large activation cost more in page faults than all arithmetic on
-    them. One range and one layout in memory is what the hot cases have.
+    Fresh temporaries of the size of a large activation cost more than all arithmetic on them.
     """
-    if axis is not None or tensors[0].numel() <= _block_values():
-        return None
-    if not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
-        return None
-    return list(zip(*map(_split, tensors), strict=True))
+    grad_x, sums = torch.empty_like(grad_out), []
+    blocks = zip(*(_blocks(tensor) for tensor in (x, grad_out, grad_x)), strict=True)
+    for block, grad, target in blocks:
+        result, block_sums = _backpropagate(block, grad, grid, None, affine=affine)
+        target.copy_(result)
+        sums.append(block_sums)
+    return grad_x, torch.stack(sums).sum(0)
 
 
-def _split(tensor: Tensor) -> tuple[Tensor, ...]:
-    return tensor.view(-1).split(_block_values())
+def _fits_blocks(x: Tensor, grad_out: Tensor, axis: int | None) -> bool:
+    if axis is not None or x.numel() <= BLOCK_VALUES or x.device.type != "cpu":
+        return False
+    return x.is_contiguous() and grad_out.is_contiguous()
 
 
-def _block_values() -> int:
-    return 2**15 * torch.get_num_threads()  # torch gives a thread no less than 2**15 values
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.view(-1), BLOCK_VALUES)
 
 
 def _statistics(grad: Tensor) -> Tensor:
@@ -261,18 +257,19 @@ def _per_range(values: Tensor, axis: int | None) -> Tensor:
     """Return the sums of `values` over each range, shape (ranges,)."""
     if axis is None:
         return values.sum().reshape(1)
-    return values.movedim(axis, 0).reshape(values.shape[axis], -1).sum(1)
+    others = [dim for dim in range(values.ndim) if dim != axis % values.ndim]
+    return values.sum(others) if others else values
 
 
-def _grad_ends(of_scale: Tensor, of_shift: Tensor, ends: Tensor, grid: Grid) -> Tensor:
-    """Return the gradient with respect to `ends`.
+def _grad_ends(sums: Tensor, ends: Tensor, grid: Grid) -> Tensor:
+    """Return the gradient with respect to `ends` from the sums of `_backpropagate`.
 
-    of_scale is the gradient of the scale where zero_point is held. In an affine range zero_point
-    follows both ends, straight through its rounding, and moves every clipped value: of_shift is the
-    sum of their gradients.
+    In an affine range zero_point follows both ends, straight through its rounding, and moves every
+    clipped value.
     """
     if ends.ndim == 1:
-        return of_scale / grid.high
+        return sums[0] / grid.high
+    of_scale, of_clipped = sums
     steps = grid.high - grid.low
-    of_scale = of_scale + of_shift * ends[0] / grid.scale
-    return torch.stack((of_scale / steps - of_shift, of_scale / steps))
+    of_scale = of_scale + of_clipped * ends[0] / grid.scale
+    return torch.stack((of_scale / steps - of_clipped, of_scale / steps))

@@ -125,13 +125,18 @@ def _nearest(symbol: str) -> str:
     return f" (did you mean {' or '.join(repr(unit) for unit in found)}?)" if found else ""
 
 
+def is_number(text: str) -> bool:
+    """Tell whether `text` is a decimal number and nothing else."""
+    return re.fullmatch(rf"\s*{_NUMBER}\s*", text, re.ASCII) is not None
+
+
 def parse_number(text: str) -> Fraction:
     """Return the exact value of a decimal number such as ``1.5e6``.
 
     Raises:
         UsageError: not a finite decimal number, or one of absurd size.
     """
-    if not re.fullmatch(_NUMBER, text.strip(), re.ASCII):
+    if not is_number(text):
         raise UsageError(f"{text!r} is not a decimal number such as 12 or 1.5e6")
     return exact(Decimal(text.strip().replace("_", "")))
 

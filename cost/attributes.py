@@ -1,9 +1,9 @@
 """The variables that formulas and predicates may use, by operation class.
 
-Every operation has ``macs``, ``output_elements``, ``input_elements``, ``weights`` (numbers), ``name``,
-``op`` and ``target`` (texts). What a class adds stands in `CLASS_ATTRIBUTES`. A formula may also use
-the two bit-widths of the operation: ``weight_bits`` and ``activation_bits``, or for the classes of
-`cgmq_fx.cost.operation.PAIR_CLASSES` ``lhs_bits`` and ``rhs_bits``.
+Every operation has ``macs``, ``output_elements``, ``input_elements``, ``weights`` (numbers),
+``name``, ``op`` and ``target`` (texts). What a class adds stands in `CLASS_ATTRIBUTES`. A formula
+may also use the two bit-widths of the operation: ``weight_bits`` and ``activation_bits``, or for
+the classes of `cgmq_fx.cost.operation.PAIR_CLASSES` ``lhs_bits`` and ``rhs_bits``.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,9 +40,9 @@ def _convolution(spatial_dims: int) -> dict[str, Kind]:
 
 
 #: Attributes of each operation class beyond the common ones. ``kernel_size`` is the product of
-#: ``kernel_0``, ``kernel_1``, ...; a matmul is ``batch`` products of (m, k) by (k, n); ``part`` of an
-#: attention is "qk" (queries by keys) or "pv" (weights by values); ``groups`` of a linear layer is 1,
-#: so that one predicate serves convolutions and linear layers.
+#: ``kernel_0``, ``kernel_1``, ...; a matmul is ``batch`` products of (m, k) by (k, n); ``part`` of
+#: an attention is "qk" (queries by keys) or "pv" (weights by values); ``groups`` of a linear layer
+#: is 1, so that one predicate serves convolutions and linear layers.
 CLASS_ATTRIBUTES: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
     {
         **{f"conv{n}d": _convolution(n) for n in (1, 2, 3)},

@@ -45,7 +45,7 @@ _FUNCTIONS: Mapping[str, Callable[[list[Fraction]], Fraction | int]] = {
 
 @dataclass(frozen=True)
 class Expression:
-    """A parsed formula or predicate. Two are equal when they differ by white space and brackets only.
+    """A parsed formula or predicate; white space and needless brackets make no difference.
 
     Attributes:
         text: as written.
@@ -71,8 +71,8 @@ class Expression:
         """Check that the expression is of kind `wanted`, given the kinds of its variables.
 
         Raises:
-            CostTableError: an operator is given what it cannot take, or the result is of another kind.
-                Every variable must be in `kinds`.
+            CostTableError: an operator is given what it cannot take, or the result is of another
+                kind. Every variable must be in `kinds`.
         """
         found = _kind(self.text, self.tree, kinds)
         if found != wanted:

@@ -1,4 +1,4 @@
-"""Readers of the single fields of a cost table; each notes its fault and returns a harmless value."""
+"""Readers of single fields; each notes its fault and returns a harmless value."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -1,11 +1,11 @@
 """The smallest total that any choice of allowed bit-widths reaches.
 
-Where every term is smallest at the lowest widths, as in any table whose costs rise with the bits, the
-lowest widths are the answer. Otherwise the minimum is found exactly by eliminating one site after the
-other, fewest neighbours first (dynamic programming over the graph whose edges are the terms). Only
-where that graph is so dense that an intermediate table would pass `MAX_CELLS` is a figure returned
-that is reached but may not be the smallest: coordinate descent from the lowest widths. It is never
-below what can be reached, so a budget above it is feasible for certain.
+Where every term is smallest at the lowest widths, as in any table whose costs rise with the bits,
+the lowest widths are the answer. Otherwise the minimum is found exactly by eliminating one site
+after the other, fewest neighbours first (dynamic programming over the graph whose edges are the
+terms). Only where that graph is so dense that an intermediate table would pass `MAX_CELLS` is a
+figure returned that is reached but may not be the smallest: coordinate descent from the lowest
+widths. It is never below what can be reached, so a budget above it is feasible for certain.
 """
 
 import heapq

@@ -37,9 +37,9 @@ class GridEntry:
 class Grid:
     """Costs by pairs of bit-widths; no pair twice, sorted.
 
-    A pair that is not listed costs what the smallest listed pair that contains it costs: a 3-bit weight
-    runs in a 4-bit lane. Of several smallest pairs of which none contains another, such as (4, 8) and
-    (8, 4) for (3, 3), the cheapest is taken: the hardware's compiler has the choice.
+    A pair that is not listed costs what the smallest listed pair that contains it costs: a 3-bit
+    weight runs in a 4-bit lane. Of several smallest pairs of which none contains another, such as
+    (4, 8) and (8, 4) for (3, 3), the cheapest is taken: the hardware's compiler has the choice.
     """
 
     axes: Axes

@@ -1,9 +1,10 @@
 """Find the lines of a TOML or JSON text on which its keys stand, for messages.
 
-The text has been read before by a real parser, so it is known to be sound; what these scanners do not
-understand they leave out, and the message then names the line of the enclosing key.
+The text has been read before by a real parser, so it is known to be sound; what these scanners do
+not understand they leave out, and the message then names the line of the enclosing key.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping
 
@@ -88,7 +89,8 @@ class _TomlLines:
             line += token.count("\n")
         self.tokens.append(("\n", line))
         self.position = 0
-        self._statements()
+        with contextlib.suppress(IndexError):  # an odd spelling: keep the lines found so far
+            self._statements()
 
     def _next(self) -> str:
         token = self.tokens[self.position][0]

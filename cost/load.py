@@ -35,13 +35,14 @@ def load_table(
     """Return a cost table.
 
     Args:
-        source: a path of a ``.toml`` or ``.json`` file, the name of a built-in table (`table_names`),
-            or the content of a file as a mapping. A `CostTable` is returned as it is.
+        source: a path of a ``.toml`` or ``.json`` file, the name of a built-in table
+            (`table_names`), or the content of a file as a mapping. A `CostTable` is returned as it
+            is.
         strict: refuse a table in which a cost falls when bits rise, instead of warning.
 
     Raises:
-        CostTableError: the table is malformed; it is refused whole, and the message lists every fault
-            with file, line, key, value and rule.
+        CostTableError: the table is malformed; it is refused whole, and the message lists every
+            fault with file, line, key, value and rule.
     """
     if isinstance(source, CostTable):
         return replace(source, strict=True) if strict and not source.strict else source
@@ -110,7 +111,8 @@ def _from_file(path: Path, *, strict: bool) -> CostTable:
         text = content.decode("utf-8")
     except (OSError, ValueError) as error:
         raise CostTableError(
-            f"cost table {path} cannot be read: {error}; give the path of a UTF-8 .toml or .json file"
+            f"cost table {path} cannot be read: {error}; "
+            "give the path of a UTF-8 .toml or .json file"
         ) from error
     return _from_text(text, str(path), strict=strict)
 
@@ -128,7 +130,8 @@ def _from_text(text: str, file: str, *, strict: bool) -> CostTable:
     except (ValueError, RecursionError, ArithmeticError) as error:
         kind = "JSON" if is_json else "TOML"
         raise CostTableError(
-            f"cost table {file} is not sound {kind}: {error or 'nested too deep'}; correct the text there"
+            f"cost table {file} is not sound {kind}: {error or 'nested too deep'}; "
+            "correct the text there"
         ) from error
     if depth > MAX_DEPTH:
         raise CostTableError(

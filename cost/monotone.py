@@ -1,5 +1,6 @@
 """Find costs that fall when bits rise: most often a typing error, so the table's author is told."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
@@ -29,10 +30,10 @@ def _neighbours(
     firsts: Sequence[int], seconds: Sequence[int]
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     for first in firsts:
-        for lower, upper in zip(seconds, seconds[1:], strict=False):
+        for lower, upper in itertools.pairwise(seconds):
             yield (first, lower), (first, upper)
     for second in seconds:
-        for lower, upper in zip(firsts, firsts[1:], strict=False):
+        for lower, upper in itertools.pairwise(firsts):
             yield (lower, second), (upper, second)
 
 

@@ -13,7 +13,9 @@ from cgmq_fx.cost.table import CostTable, supported_bits, unsupported
 from cgmq_fx.cost.terms import Term
 from cgmq_fx.errors import CostTableError
 
-_Costs = list[list[Fraction | None]]
+#: Cost of one piece of work by first and second width; None where the hardware lacks the pair.
+_Units = tuple[tuple[Fraction | None, ...], ...]
+_FREE: _Units = ((Fraction(0),),)
 
 
 @dataclass(frozen=True)
@@ -56,31 +58,42 @@ def price_operations(
             hardware has no bit-width that serves all uses of a site; the message lists all of them.
     """
     operations = tuple(bound.operation for bound in bound_operations)
-    table.require_priced(operations)
     rows = tuple(table.row_for(operation) for operation in operations)
+    table.require_priced(
+        operation for operation, row in zip(operations, rows, strict=True) if row is None
+    )
     pricer = _Pricer(table, widths)
-    costs = [pricer.costs(bound, row) for bound, row in zip(bound_operations, rows, strict=True)]
+    priced = [pricer.units(bound, row) for bound, row in zip(bound_operations, rows, strict=True)]
     supported = _supported(bound_operations, rows, table, num_sites, widths)
-    _refuse_unsupported(bound_operations, rows, costs, supported, table, widths)
+    _refuse_unsupported(bound_operations, rows, priced, supported, table, widths)
+    distinct = {id(units): units for units in priced}.values()
     scale = math.lcm(
-        *(cost.denominator for rows_ in costs for row in rows_ for cost in row if cost)
+        *(cost.denominator for units in distinct for line in units for cost in line if cost)
     )
     return Pricing(
         operations,
         rows,
         tuple(
-            _term(bound, cost, scale) for bound, cost in zip(bound_operations, costs, strict=True)
+            _term(bound, row, units, scale)
+            for bound, row, units in zip(bound_operations, rows, priced, strict=True)
         ),
         scale,
-        sum((table.reference_cost(operation) for operation in operations), Fraction(0)),
+        sum(map(table.reference_cost_by, rows, operations), Fraction(0)),
         supported,
     )
 
 
-def _term(bound: BoundOperation, costs: _Costs, scale: int) -> Term:
-    sites = [source.site for source in bound.sources] + [None, None]
+def _term(bound: BoundOperation, row: Row | None, units: _Units, scale: int) -> Term:
+    """Return the costs of an operation in 1 / `scale` of the table's unit."""
+    can_choose = row is not None and bound.sources
+    sites = [source.site for source in bound.sources] if can_choose else [None, None]
+    work = row.work(bound.operation) if row is not None else 0
     scaled = tuple(
-        tuple(None if cost is None else int(cost * scale) for cost in row) for row in costs
+        tuple(
+            None if cost is None else cost.numerator * (scale // cost.denominator) * work
+            for cost in line
+        )
+        for line in units
     )
     return Term(bound.operation.name, (sites[0], sites[1]), scaled)
 
@@ -93,16 +106,16 @@ def _widths_of(source: BitSource, widths: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Pricer:
-    """Costs of operations at all widths; remembers what one piece of work costs by widths alone."""
+    """Unit costs of operations at all widths; remembers those that depend on the widths alone."""
 
     def __init__(self, table: CostTable, widths: tuple[int, ...]) -> None:
         self.table = table
         self.widths = widths
-        self.known: dict[tuple[int, str, int, int], Fraction | None] = {}
+        self.known: dict[tuple[int, str, tuple[int, ...], tuple[int, ...]], _Units] = {}
         self.warned: set[int] = set()
 
-    def costs(self, bound: BoundOperation, row: Row | None) -> _Costs:
-        """Return the cost by first and second width; one cell where nothing can be chosen."""
+    def units(self, bound: BoundOperation, row: Row | None) -> _Units:
+        """Return the cost of a piece of work; one cell where nothing can be chosen."""
         operation = bound.operation
         if len(bound.sources) != len(OPERAND_NAMES[operation.operands]):
             raise CostTableError(
@@ -110,27 +123,22 @@ class _Pricer:
                 f"bit-widths, {len(bound.sources)} sources were given: {bound.sources}"
             )
         if row is None:
-            return self._free(bound)
+            return _FREE
         if not bound.sources:
-            return [[self.table.reference_cost(operation)]]
+            return ((self.table.reference_unit_cost(row, operation),),)
         firsts, seconds = (_widths_of(source, self.widths) for source in bound.sources)
-        work = row.work(operation)
-        units = [[self._unit(row, operation, (a, b)) for b in seconds] for a in firsts]
-        if not row.depends_on_bits_only:
+        key = (id(row), operation.operands, firsts, seconds)
+        if row.depends_on_bits_only and key in self.known:
+            return self.known[key]
+        units = tuple(
+            tuple(row.unit_cost(operation, (first, second)) for second in seconds)
+            for first in firsts
+        )
+        if row.depends_on_bits_only:
+            self.known[key] = units
+        else:
             self._warn_if_falling(row, operation, firsts, seconds, units)
-        return [[None if unit is None else unit * work for unit in line] for line in units]
-
-    def _free(self, bound: BoundOperation) -> _Costs:
-        lengths = [len(_widths_of(source, self.widths)) for source in bound.sources] or [1, 1]
-        return [[Fraction(0)] * lengths[1] for _ in range(lengths[0])]
-
-    def _unit(self, row: Row, operation: Operation, bits: tuple[int, int]) -> Fraction | None:
-        if not row.depends_on_bits_only:
-            return row.unit_cost(operation, bits)
-        key = (id(row), operation.operands, *bits)
-        if key not in self.known:
-            self.known[key] = row.unit_cost(operation, bits)
-        return self.known[key]
+        return units
 
     def _warn_if_falling(
         self,
@@ -138,7 +146,7 @@ class _Pricer:
         operation: Operation,
         firsts: tuple[int, ...],
         seconds: tuple[int, ...],
-        units: _Costs,
+        units: _Units,
     ) -> None:
         costs = {
             (first, second): cost
@@ -184,8 +192,9 @@ def _supported(
         supported.append(tuple(i for i, width in enumerate(widths) if width in common))
     if faults:
         raise CostTableError(
-            f"cost table {table.name!r} has no bit-width among {list(widths)} that all operations on "
-            f"one tensor support: {'; '.join(faults)}; allow one of these widths, or add it to the grids"
+            f"cost table {table.name!r} has no bit-width among {list(widths)} that all operations "
+            f"on one tensor support: {'; '.join(faults)}; allow one of these widths, or add one of "
+            "those to the grids"
         )
     return tuple(supported)
 
@@ -193,7 +202,7 @@ def _supported(
 def _refuse_unsupported(
     bound_operations: Sequence[BoundOperation],
     rows: Sequence[Row | None],
-    costs: Sequence[_Costs],
+    costs: Sequence[_Units],
     supported: Sequence[tuple[int, ...]],
     table: CostTable,
     widths: tuple[int, ...],

@@ -1,4 +1,4 @@
-"""Rows of a cost table: which operations a row prices, and what it charges for one piece of work."""
+"""Rows of a cost table: which operations a row prices, and what a piece of work costs."""
 
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,8 +16,8 @@ from cgmq_fx.errors import CostTableError
 class Row:
     """One price.
 
-    Exactly one of `cost` and `grid` is given. What a user writes is accepted in each field and turned
-    into the type that is shown.
+    Exactly one of `cost` and `grid` is given. What a user writes is accepted in each field and
+    turned into the type that is shown.
 
     Attributes:
         op: operation classes (`cgmq_fx.cost.operation.OP_CLASSES`) or FX targets; one, or a list.

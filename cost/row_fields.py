@@ -81,7 +81,8 @@ def _ops(value: object, faults: Faults) -> tuple[str, ...]:
             if name.strip():
                 here.add(
                     f"unknown operation class{nearest(name, OP_CLASSES)}; one of "
-                    f"{', '.join(OP_CLASSES)}, or an FX target such as 'torch.ops.aten.bmm.default'",
+                    f"{', '.join(OP_CLASSES)}, "
+                    "or an FX target such as 'torch.ops.aten.bmm.default'",
                     name,
                 )
         elif name in ops:

@@ -14,6 +14,7 @@ from cgmq_fx.cost.monotone import CostTableWarning, row_falls
 from cgmq_fx.cost.operation import OPERAND_NAMES, Operation
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table_fields import (
+    DEFAULT_REFERENCE,
     SCHEMA,
     TABLE_KEYS,
     UNPRICED,
@@ -28,8 +29,8 @@ from cgmq_fx.errors import CostTableError
 class CostTable:
     """Prices of operations, in one unit.
 
-    The order of rows never matters: of the rows that match an operation, the most specific one prices
-    it (`Row.beats`), and two of equal rank are an error.
+    The order of rows never matters: of the rows that match an operation, the most specific one
+    prices it (`Row.beats`), and two of equal rank are an error.
 
     Attributes:
         name: what budgets and reports call it.
@@ -39,8 +40,8 @@ class CostTable:
         input_bits: bit-width of what arrives from outside, unless its quantizer is learned.
         reference: the bit-widths that "100 %" means; a mapping ``{"weight": 32, "activation": 32}``
             is accepted.
-        unpriced: what becomes of an operation that has MACs and no row: "error", or "zero": it costs
-            nothing and is reported as unpriced.
+        unpriced: what becomes of an operation that has MACs and no row: "error", or "zero": it
+            costs nothing and is reported as unpriced.
         schema: version of the format.
         origin: the file it was read from, for messages; no part of the table's value.
         strict: whether a cost that falls when bits rise is an error, not a `CostTableWarning`.
@@ -54,7 +55,7 @@ class CostTable:
     rows: tuple[Row, ...]
     source: str = ""
     input_bits: int = 8
-    reference: Reference = Reference()
+    reference: Reference = DEFAULT_REFERENCE
     unpriced: str = UNPRICED[0]
     schema: int = SCHEMA
     origin: str = field(default="", compare=False)
@@ -76,8 +77,8 @@ class CostTable:
         falls = [f"{row}: {text}" for row in self.rows if (text := row_falls(row)) is not None]
         if falls and self.strict:
             raise CostTableError(
-                f"cost table {place} refused, since it is read with strict=True: {'; '.join(falls)}; "
-                "correct the costs, or read it without strict"
+                f"cost table {place} refused, since it is read with strict=True: "
+                f"{'; '.join(falls)}; correct the costs, or read it without strict"
             )
         for text in falls:
             warnings.warn(f"cost table {place}: {text}", CostTableWarning, stacklevel=4)
@@ -113,8 +114,8 @@ class CostTable:
 
         Args:
             operation: what is priced.
-            bits: its two bit-widths, in the order of ``OPERAND_NAMES``; none for an operation without
-                quantizable operands, which runs at the reference.
+            bits: its two bit-widths, in the order of ``OPERAND_NAMES``; none for an operation
+                without quantizable operands, which runs at the reference.
 
         Raises:
             CostTableError: no row prices it though it has MACs, or the hardware does not have the
@@ -138,17 +139,24 @@ class CostTable:
     def reference_cost(self, operation: Operation) -> Fraction:
         """Return the cost of `operation` at the reference bit-widths.
 
-        A grid that does not reach up to the reference bears its widest pair instead: 100 % is then the
-        widest that the hardware has.
+        A grid that does not reach up to the reference bears its widest pair instead: 100 % is then
+        the widest that the hardware has.
         """
-        row = self._required_row(operation)
+        return self.reference_cost_by(self._required_row(operation), operation)
+
+    def reference_cost_by(self, row: Row | None, operation: Operation) -> Fraction:
+        """Return the reference cost of an operation that `row` prices."""
         if row is None:
             return Fraction(0)
+        return self.reference_unit_cost(row, operation) * row.work(operation)
+
+    def reference_unit_cost(self, row: Row, operation: Operation) -> Fraction:
+        """Return what one piece of work of `operation` costs at the reference bit-widths."""
         cost = row.unit_cost(operation, self.reference_bits(operation))
-        if cost is None:
-            assert row.grid is not None
-            cost = row.grid.widest().cost
-        return cost * row.work(operation)
+        if cost is not None:
+            return cost
+        assert row.grid is not None
+        return row.grid.widest().cost
 
     def supported_bits(self, operation: Operation) -> tuple[frozenset[int] | None, ...]:
         """Return the bit-widths that the hardware has for each operand; None where it has any."""
@@ -207,7 +215,7 @@ class CostTable:
 
 
 def supported_bits(row: Row | None, operation: Operation) -> tuple[frozenset[int] | None, ...]:
-    """Return the bit-widths that `row` lists for each operand of `operation`; None where it has any."""
+    """Return the bit-widths that `row` lists for each operand of `operation`; None means any."""
     names = OPERAND_NAMES[operation.operands]
     if row is None or row.grid is None:
         return (None,) * len(names)

@@ -33,6 +33,9 @@ class Reference:
     activation: int = 32
 
 
+DEFAULT_REFERENCE = Reference()
+
+
 def normalise_table(raw: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
     """Return the fields of a table besides its rows from what a user wrote, noting every fault."""
     check_keys(raw, (*TABLE_KEYS, "row"), ("name", "unit"), faults)
@@ -57,8 +60,8 @@ def _schema(value: object, faults: Faults) -> int:
         faults.add(f"must be the version of the format, {SCHEMA}", value)
     elif value > SCHEMA:
         faults.add(
-            f"is a newer version of the format than this library reads ({SCHEMA}); upgrade cgmq_fx, "
-            f"or write the table in version {SCHEMA}",
+            f"is a newer version of the format than this library reads ({SCHEMA}); upgrade "
+            f"cgmq_fx, or write the table in version {SCHEMA}",
             value,
         )
     return SCHEMA

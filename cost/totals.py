@@ -1,7 +1,8 @@
 """Exact totals of a network's cost, evaluated at once for all operations.
 
-Costs are kept as whole numbers of the table's resolution (the common denominator of its prices), so a
-total is a sum of integers: one gather and one sum over a ``torch.int64`` tensor, without rounding.
+Costs are kept as whole numbers of the table's resolution (the common denominator of its prices), so
+a total is a sum of integers: one gather and one sum over a ``torch.int64`` tensor, without
+rounding.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ FLOAT_BITS = 32
 class Resource(Protocol):
     """A cost that a budget may bound, as a function of the bit-widths of all sites.
 
-    Widths are given as indices into `widths`: a ``torch.int64`` tensor, or a sequence of integers, of
-    length `num_sites`. Amounts are exact, in `unit`.
+    Widths are given as indices into `widths`: a ``torch.int64`` tensor, or a sequence of integers,
+    of length `num_sites`. Amounts are exact, in `unit`.
     """
 
     @property
@@ -178,7 +179,7 @@ class SumResource:
         return [Fraction(term.cost(at), self.scale) for term in self.terms]
 
     def bound_scaled(self, bound: Fraction) -> int:
-        """Return the largest scaled total within `bound`: the total holds it if it is not larger."""
+        """Return the largest scaled total that is within `bound`."""
         return bound.numerator * self.scale // bound.denominator
 
     def delta_scaled(self, site: int, to: int, width_index: Sequence[int]) -> int:

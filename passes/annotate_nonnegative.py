@@ -18,7 +18,15 @@ _PRODUCES = frozenset(
         "relu", "relu_", "sigmoid", "softmax", "exp", "abs", "square", "sqrt",
     }
 )  # fmt: skip
-_PRODUCING_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d, nn.Softplus)
+_PRODUCING_MODULES = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Softmax,
+    nn.Softmax2d,
+    nn.Softplus,
+)
 
 # Classes whose output is not negative when no tensor that they read is.
 _KEEPING = frozenset({"reshape", "max_pool", "avg_pool", "dropout", "cat", "add", "mul", "div"})
@@ -75,4 +83,6 @@ def _zero_padding(node: fx.Node) -> bool:
     value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
     source = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(source, fx.Node)
-    return IS_NONNEGATIVE.get(source) and (value is None or (isinstance(value, int | float) and value >= 0))
+    return IS_NONNEGATIVE.get(source) and (
+        value is None or (isinstance(value, int | float) and value >= 0)
+    )

@@ -13,7 +13,15 @@ from cgmq_fx.passes.op_classes import class_of_function, class_of_method, class_
 from cgmq_fx.quantizers import Quantizer
 
 _WEIGHT_OPS = frozenset(
-    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+    {
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "linear",
+    }
 )
 _ELEMENTWISE_PAIRS = frozenset({"add", "sub", "mul", "div"})
 # Calls whose two factors are not their first two arguments: position of the first factor.

@@ -17,7 +17,9 @@ from cgmq_fx.passes.values import execute, fake_mode, to_fake
 from cgmq_fx.quantizers import Quantizer
 
 # Classes whose calls may hold products that only running them shows, when they are not opened.
-_MAY_MULTIPLY = frozenset({"other", "rnn", "matmul", "attention", "linear", "embedding", "conv1d", "conv2d", "conv3d"})
+_MAY_MULTIPLY = frozenset(
+    {"other", "rnn", "matmul", "attention", "linear", "embedding", "conv1d", "conv2d", "conv3d"}
+)
 
 
 @final
@@ -85,7 +87,9 @@ def _placeholder(node: fx.Node, inputs: Any, mode: Any) -> Any:
     return to_fake(mode, next(inputs, default))
 
 
-def _run_node(gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: Any) -> tuple[Any, int]:
+def _run_node(
+    gm: fx.GraphModule, node: fx.Node, args: Any, kwargs: Any, mode: Any
+) -> tuple[Any, int]:
     if node.target is check_same:
         return None, 0
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None

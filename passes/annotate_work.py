@@ -55,7 +55,9 @@ class _Names:
 
     def unique(self, node: fx.Node) -> str:
         path = MODULE_PATH.find(node)
-        base = node.name if path is None or node.op == "call_function" and not _is_own(node) else path
+        base = (
+            node.name if path is None or node.op == "call_function" and not _is_own(node) else path
+        )
         name, count = base, 1
         while name in self._used:
             count += 1
@@ -82,7 +84,9 @@ def _work(node: fx.Node, names: _Names) -> tuple[Operation, ...]:
     inputs = sum(shape.numel for shape in _activations(node, info) if shape is not None)
     op = "opaque" if macs and info.operands == "none" and info.op in ("other", "rnn") else info.op
     return (
-        Operation(name, op, info.target, info.operands, macs, output.numel, inputs, weights, attributes),
+        Operation(
+            name, op, info.target, info.operands, macs, output.numel, inputs, weights, attributes
+        ),
     )
 
 
@@ -113,7 +117,10 @@ def _macs(
         return _conv(node, info, operands, output)
     if info.op == "linear":
         inner = operands[0].shape[-1]
-        attributes = {"in_features": inner, "out_features": output.numel * inner // operands[1].numel}
+        attributes = {
+            "in_features": inner,
+            "out_features": output.numel * inner // operands[1].numel,
+        }
         return output.numel * inner, MappingProxyType({**attributes, "bias": _has(node, 2, "bias")})
     if info.op == "matmul":
         return _matmul(node, operands, output)

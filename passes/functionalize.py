@@ -122,7 +122,9 @@ def _with_proxies(module: nn.Module, path: str, recorder: _Recorder) -> nn.Modul
     for kind in ("_parameters", "_buffers"):
         named = getattr(module, kind)
         proxies = {
-            name: value if value is None else recorder.create_proxy("get_attr", f"{path}.{name}", (), {})
+            name: value
+            if value is None
+            else recorder.create_proxy("get_attr", f"{path}.{name}", (), {})
             for name, value in named.items()
         }
         twin.__dict__[kind] = proxies

@@ -31,4 +31,3 @@ class TrainingMode(nn.Module):
 def select_mode(training: bool, in_training: object, in_evaluation: object) -> object:
     """Return the value that belongs to the current mode."""
     return in_training if training else in_evaluation
-

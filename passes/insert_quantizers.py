@@ -81,8 +81,11 @@ class InsertQuantizers(GraphPass):
         quantizers = gm.get_submodule(QUANTIZERS)
         assert isinstance(quantizers, QuantizerSet)
         for site, uses in readers.items():
-            quantizer = Quantizer(self._spec(gm, uses), site)
+            spec = self._spec(gm, uses)
+            quantizer = Quantizer(spec, site)
             quantizer.train(gm.training)
+            if not spec.learned:
+                quantizer.set_bit_width(spec.widths[0])
             quantizers.add(site, quantizer)
             _insert(gm, site, uses)
         for node in attentions:
@@ -125,7 +128,9 @@ class InsertQuantizers(GraphPass):
             return None, 1
         return axis, shape[axis]
 
-    def _replace_attention(self, gm: fx.GraphModule, quantizers: QuantizerSet, node: fx.Node) -> None:
+    def _replace_attention(
+        self, gm: fx.GraphModule, quantizers: QuantizerSet, node: fx.Node
+    ) -> None:
         site = f"{node.name}_weights"
         quantizer = AttentionQuantizer(
             QuantizerSpec("activation", "unsigned", widths=self.widths), site

@@ -90,7 +90,10 @@ def open_attention(
         is_causal: as in `nn.MultiheadAttention`.
     """
     query.tracer.create_proxy(
-        "call_function", check_same, (query.dim(), 3, "nn.MultiheadAttention without a batch axis"), {}
+        "call_function",
+        check_same,
+        (query.dim(), 3, "nn.MultiheadAttention without a batch axis"),
+        {},
     )
     if attention.batch_first:
         query, key, value = _batch_second(query, key, value)
@@ -117,7 +120,9 @@ def open_attention(
         k, v = k.view(batch, heads, source, head_dim), v.view(batch, heads, source, head_dim)
         probability = dropout
         if dropout > 0.0:
-            probability = query.tracer.create_proxy("call_function", operator.mul, (mode, dropout), {})
+            probability = query.tracer.create_proxy(
+                "call_function", operator.mul, (mode, dropout), {}
+            )
         output = F.scaled_dot_product_attention(q, k, v, mask, probability, causal)
         output = output.permute(2, 0, 1, 3).reshape(batch * target, embedding)
     output = F.linear(output, attention.out_proj.weight, attention.out_proj.bias)

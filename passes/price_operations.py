@@ -34,7 +34,12 @@ class PriceOperations(GraphPass):
         deployed = deployed_nodes(gm.graph)
         for table in self.tables:
             table.require_priced(
-                [operation for node in gm.graph.nodes if node in deployed for operation in WORK.get(node)]
+                [
+                    operation
+                    for node in gm.graph.nodes
+                    if node in deployed
+                    for operation in WORK.get(node)
+                ]
             )
         for node in gm.graph.nodes:
             operations = WORK.get(node) if node in deployed else ()

@@ -65,5 +65,16 @@ def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[TracedValue, obj
     return method
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+):
     setattr(TracedValue, f"__{_name}__", _in_place(getattr(operator, _name)))

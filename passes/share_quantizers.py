@@ -12,7 +12,16 @@ from torch import fx
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.deployed import deployed_nodes
-from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, SITES, VALUE, MetaKey, OperandRef, SiteRef, TensorInfo
+from cgmq_fx.passes.meta import (
+    IS_CONSTANT,
+    OP_INFO,
+    SITES,
+    VALUE,
+    MetaKey,
+    OperandRef,
+    SiteRef,
+    TensorInfo,
+)
 from cgmq_fx.passes.values import find_attribute
 from cgmq_fx.quantizers import Quantizer
 

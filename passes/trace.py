@@ -22,13 +22,14 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from cgmq_fx.errors import UnsupportedModelError
 from cgmq_fx.passes.guards import TrainingMode, check_same
 from cgmq_fx.passes.merge_modes import merge_modes
 from cgmq_fx.passes.meta import MODULE_PATH
 from cgmq_fx.passes.proxies import TracedValue
-from cgmq_fx.passes.values import UNKNOWN, ValueEvaluator
+from cgmq_fx.passes.values import UNKNOWN, ValueEvaluator, fake_mode
 
 #: Name of the submodule that a graph asks for its mode.
 TRAINING_MODE = "training_mode"
@@ -126,7 +127,13 @@ class ModelTracer(fx.Tracer):
             self._closable_depth -= closable
 
     def create_proxy(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any, **more: Any
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *rest: Any,
+        **more: Any,
     ) -> fx.Proxy:
         """Record a node, or open the Python function that it would call."""
         if kind == "call_function" and self._can_open(target):
@@ -209,6 +216,23 @@ class ModelTracer(fx.Tracer):
                 return f"{frame.filename}:{frame.lineno}"
         return "the model"
 
+    def _proxy_placeholder(
+        self, name: str, concrete_args: Any, sig: inspect.Signature, fn: Any
+    ) -> Any:
+        """Create a placeholder; an argument that is no tensor is taken as it is, and guarded."""
+        if name.startswith("*"):
+            return super()._proxy_placeholder(name, concrete_args, sig, fn)
+        default = sig.parameters[name].default
+        has_default = default is not inspect.Parameter.empty
+        given = default if has_default else UNKNOWN
+        if self.evaluator is not None:
+            given = self.evaluator.inputs.get(name, given)
+        proxy = super().create_proxy("placeholder", name, (default,) if has_default else (), {})
+        if given is UNKNOWN or _holds_tensor(given):
+            return proxy
+        super().create_proxy("call_function", check_same, (proxy, given, f"input '{name}'"), {})
+        return given
+
     # -- entry -----------------------------------------------------------------------------------
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -253,32 +277,56 @@ class _ModeAttribute:
         self._module.__dict__["training"] = self._training
 
 
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def _is_library(filename: str) -> bool:
     return filename.startswith(_LIBRARY_PATHS) or filename.startswith("<")
 
 
-_LIBRARY_PATHS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(inspect.getfile(UnsupportedModelError)).parent))
+_LIBRARY_PATHS = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parent),
+    str(Path(inspect.getfile(UnsupportedModelError)).parent),
+)
 
 
-def trace(model: nn.Module, inputs: Sequence[Any] | None = None) -> fx.GraphModule:
+def trace(
+    model: nn.Module,
+    inputs: Sequence[Any] | None = None,
+    batch_axis: int | None = 0,
+    reserved: Sequence[str] = (),
+) -> fx.GraphModule:
     """Trace `model` into a graph module that holds the same submodules, parameters and buffers.
 
     Args:
         model: the module; it gains a submodule `TRAINING_MODE` and is shared with the result.
-        inputs: example inputs, of which shapes and dtypes matter; None when they are not known.
+        inputs: one value for each argument of the model's forward, of which shapes and dtypes matter;
+            None when they are not known. What is not a tensor is taken as it is, and guarded.
+        batch_axis: the axis of the inputs that counts samples. A branch must not be decided by a batch
+            of one, so it is traced as a batch of two where the model allows.
+        reserved: names that later passes will give to submodules.
 
     Raises:
         UnsupportedModelError: the model cannot be traced; the message has the user's file and line
             and the ways out.
     """
-    _check_names(model)
-    model.add_module(TRAINING_MODE, TrainingMode())
+    _check_names(model, reserved)
+    flag = TrainingMode()
+    flag.training = model.training
+    model.add_module(TRAINING_MODE, flag)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        tracer, graph = _trace_once(model, inputs, training=False)
+        try:
+            shapes = two_samples(inputs, batch_axis)
+            tracer, graph = _trace_once(model, shapes, training=False)
+        except UnsupportedModelError:
+            shapes = inputs
+            tracer, graph = _trace_once(model, shapes, training=False)
         if tracer.branched_on_mode:
-            _, in_training = _trace_once(model, inputs, training=True)
+            _, in_training = _trace_once(model, shapes, training=True)
             graph = merge_modes(graph, in_training, TRAINING_MODE, tracer.branched_on_mode)
     finally:
         for module, mode in modes.items():
@@ -293,12 +341,35 @@ def trace(model: nn.Module, inputs: Sequence[Any] | None = None) -> fx.GraphModu
     return gm
 
 
-def _check_names(model: nn.Module) -> None:
-    taken = {*vars(fx.GraphModule), "graph", "code", "meta", TRAINING_MODE}
-    clashes = sorted(name for name in (*model._modules, *model._parameters, *model._buffers) if name in taken)
+def two_samples(inputs: Sequence[Any] | None, batch_axis: int | None) -> Sequence[Any] | None:
+    """Return `inputs` with a batch of one repeated, on tensors without data."""
+    if inputs is None or batch_axis is None:
+        return inputs
+    mode = fake_mode()
+
+    def repeat(value: Any) -> Any:
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dim() > batch_axis
+            and value.shape[batch_axis] == 1
+        ):
+            shape = list(value.shape)
+            shape[batch_axis] = 2
+            with mode:
+                return torch.empty(shape, dtype=value.dtype, device=value.device)
+        return value
+
+    return [repeat(value) for value in inputs]
+
+
+def _check_names(model: nn.Module, reserved: Sequence[str]) -> None:
+    taken = {*vars(fx.GraphModule), "graph", "code", "meta", TRAINING_MODE, *reserved}
+    clashes = sorted(
+        name for name in (*model._modules, *model._parameters, *model._buffers) if name in taken
+    )
     if clashes:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has attributes {clashes}, names that a torch.fx.GraphModule uses "
+            f"{type(model).__name__} has attributes {clashes}, names that a prepared graph uses "
             f"itself; rename them, or wrap the model in a module that holds it as 'model'"
         )
 
@@ -306,7 +377,10 @@ def _check_names(model: nn.Module) -> None:
 def _trace_once(
     model: nn.Module, inputs: Sequence[Any] | None, *, training: bool
 ) -> tuple[ModelTracer, fx.Graph]:
-    evaluator = None if inputs is None else ValueEvaluator(inputs)
+    evaluator = None
+    if inputs is not None:
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        evaluator = ValueEvaluator(dict(zip(names, inputs, strict=False)))
     tracer = ModelTracer(evaluator, training)
     try:
         with _fast_path_off():

@@ -1,6 +1,6 @@
 """What the values of a graph under construction look like, by running it on fake tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -20,6 +20,11 @@ def to_fake(mode: FakeTensorMode, tree: Any) -> Any:
     """Replace every tensor in `tree` by a fake one of the same shape, dtype and device."""
 
     def convert(leaf: Any) -> Any:
+        if isinstance(leaf, FakeTensor) and leaf.fake_mode is not mode:
+            with mode:
+                return torch.empty_strided(
+                    leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
+                )
         if isinstance(leaf, torch.Tensor) and not isinstance(leaf, FakeTensor):
             return mode.from_tensor(leaf, static_shapes=True)
         return leaf
@@ -54,11 +59,11 @@ class ValueEvaluator:
     on the data in a tensor. `running` is true while a value is computed, when calls must not be traced.
     """
 
-    def __init__(self, inputs: Sequence[Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        self.inputs = inputs
         self.module: nn.Module | None = None
         self.running = False
         self._mode = fake_mode()
-        self._inputs = tuple(inputs)
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -93,7 +98,4 @@ class ValueEvaluator:
             self.running = False
 
     def _placeholder(self, node: fx.Node) -> Any:
-        position = [n for n in node.graph.nodes if n.op == "placeholder"].index(node)
-        if position < len(self._inputs):
-            return to_fake(self._mode, self._inputs[position])
-        return node.args[0] if node.args else UNKNOWN
+        return to_fake(self._mode, self.inputs.get(str(node.target), UNKNOWN))

@@ -1,0 +1,223 @@
+"""Builds the accounting of a prepared graph: analyses it, binds operations to quantizers, prices them."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from torch import fx
+
+from cgmq_fx.accounting import Accounting, LedgerEntry, Site
+from cgmq_fx.budget import Limit
+from cgmq_fx.cost.operation import BitSource, BoundOperation, Operation
+from cgmq_fx.cost.table import CostTable
+from cgmq_fx.cost.totals import FLOAT_BITS, SumResource, price, weight_memory
+from cgmq_fx.errors import CostTableError
+from cgmq_fx.passes.annotate_operations import AnnotateOperations, operand_of
+from cgmq_fx.passes.annotate_shapes import AnnotateShapes
+from cgmq_fx.passes.annotate_work import AnnotateWork, first_tensor
+from cgmq_fx.passes.deployed import deployed_nodes
+from cgmq_fx.passes.insert_quantizers import QUANTIZERS
+from cgmq_fx.passes.meta import OP_INFO, PRICES, VALUE, WORK, OpInfo
+from cgmq_fx.passes.pipeline import Pipeline
+from cgmq_fx.passes.price_operations import PriceOperations
+from cgmq_fx.passes.share_quantizers import is_quantizer
+from cgmq_fx.passes.values import find_attribute
+from cgmq_fx.quantizers import QuantizerSet
+
+#: Name of the built-in resource that counts every parameter once, packed.
+WEIGHT_MEMORY = "weight_memory"
+
+
+def account(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    tables: Mapping[str, CostTable],
+    limits: Mapping[str, Limit],
+) -> Accounting:
+    """Return the accounting of `gm` for the shapes of `inputs`.
+
+    Args:
+        gm: a prepared graph.
+        inputs: one value for each placeholder; one sample.
+        tables: cost tables by name.
+        limits: bounds by resource name.
+
+    Raises:
+        CostTableError: a table cannot price the graph.
+        BudgetError: a bound has a unit that its resource does not.
+        UnsupportedModelError: the inputs do not fit.
+    """
+    passes = (
+        AnnotateOperations(),
+        AnnotateShapes(tuple(inputs)),
+        AnnotateWork(),
+        PriceOperations(tuple(tables.values())),
+    )
+    Pipeline(passes).run(gm)
+    return _Accountant(gm).account(tables, limits)
+
+
+class _Accountant:
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.deployed = deployed_nodes(gm.graph)
+        quantizers = getattr(gm, QUANTIZERS, None)
+        self.quantizers = quantizers if isinstance(quantizers, QuantizerSet) else QuantizerSet()
+        self.site_index = {name: index for index, name in enumerate(self.quantizers)}
+        self.widths = tuple(
+            sorted(
+                {width for q in self.quantizers.values() for width in q.spec.widths} | {FLOAT_BITS}
+            )
+        )
+
+    def account(self, tables: Mapping[str, CostTable], limits: Mapping[str, Limit]) -> Accounting:
+        bound = [pair for node in self.gm.graph.nodes for pair in self._bind(node)]
+        operations = tuple(operation for _, operation in bound)
+        count = len(self.site_index)
+        resources = {
+            name: price(operations, table, count, self.widths) for name, table in tables.items()
+        }
+        if WEIGHT_MEMORY in limits:
+            resources[WEIGHT_MEMORY] = self._weight_memory()
+        return Accounting(
+            self._sites(resources, limits),
+            operations,
+            resources,
+            {name: self._amount(resources[name], limit) for name, limit in limits.items()},
+            tuple(self._entry(node, operation, resources) for node, operation in bound),
+            self.widths,
+        )
+
+    def _amount(self, resource: SumResource, limit: Limit) -> Fraction:
+        return limit.amount(resource.reference, resource.unit)
+
+    # -- operations ------------------------------------------------------------------------------
+
+    def _bind(self, node: fx.Node) -> list[tuple[fx.Node, BoundOperation]]:
+        if node not in self.deployed:
+            return []
+        return [
+            (node, BoundOperation(operation, self._sources(node, operation)))
+            for operation in WORK.get(node)
+        ]
+
+    def _sources(self, node: fx.Node, operation: Operation) -> tuple[BitSource, ...]:
+        if operation.operands == "none":
+            return ()
+        read = [self._source(operand_of(node, ref)) for ref in OP_INFO.get(node).refs]
+        if operation.op == "attention":
+            query, key, value = read
+            if operation.attributes["part"] == "qk":
+                return query, key
+            return self._source(node), value
+        if len(read) == 1:  # a look-up reads a weight and an index
+            return read[0], BitSource(bits=FLOAT_BITS)
+        return tuple(read)
+
+    def _source(self, tensor: fx.Node) -> BitSource:
+        if is_quantizer(self.gm, tensor):
+            return BitSource(site=self.site_index[str(tensor.target).rpartition(".")[2]])
+        return BitSource(bits=FLOAT_BITS)
+
+    # -- sites and parameters --------------------------------------------------------------------
+
+    def _sites(
+        self, resources: Mapping[str, SumResource], limits: Mapping[str, Limit]
+    ) -> tuple[Site, ...]:
+        elements = self._elements()
+        bounding = [resource for name, resource in resources.items() if name in limits]
+        sites, faults = [], []
+        for name, index in self.site_index.items():
+            spec = self.quantizers[name].spec
+            choices = set(spec.widths) if spec.learned else {spec.widths[0]}
+            allowed = choices.intersection(*(resource.supported[index] for resource in bounding))
+            if not allowed:
+                faults.append(f"'{name}' may have {sorted(choices)}")
+            sites.append(
+                Site(name, spec.role, tuple(sorted(allowed)), spec.learned, elements.get(name, 0))
+            )
+        if faults:
+            names = ", ".join(sorted(limits))
+            raise CostTableError(
+                f"no bit-width is allowed for all of the resources {names}: {'; '.join(faults)}; allow more "
+                f"with prepare(widths=...), or add these bit-widths to the tables"
+            )
+        return tuple(sites)
+
+    def _elements(self) -> dict[str, int]:
+        elements: dict[str, int] = {}
+        for node in self.gm.graph.nodes:
+            if is_quantizer(self.gm, node) and OP_INFO.get(node).op != "attention":
+                value = first_tensor(VALUE.get(node))
+                name = str(node.target).rpartition(".")[2]
+                elements[name] = max(elements.get(name, 0), 0 if value is None else value.numel)
+        return elements
+
+    def _weight_memory(self) -> SumResource:
+        quantized: dict[int, int] = {}
+        for node in self.gm.graph.nodes:
+            if node in self.deployed and is_quantizer(self.gm, node) and node.args:
+                name = str(node.target).rpartition(".")[2]
+                value = VALUE.get(node)
+                if self.quantizers[name].spec.role == "weight" and value is not None:
+                    tensor = first_tensor(value)
+                    assert tensor is not None
+                    quantized[self.site_index[name]] = tensor.numel
+        fixed = FLOAT_BITS * sum(self._float_parameters().values())
+        names = [list(self.site_index)[site] for site in quantized]
+        return weight_memory(
+            list(quantized),
+            list(quantized.values()),
+            fixed,
+            len(self.site_index),
+            self.widths,
+            names,
+        )
+
+    def _float_parameters(self) -> dict[int, int]:
+        """Return the elements of each parameter that inference reads in float, by identity."""
+        found: dict[int, int] = {}
+        for node in self.gm.graph.nodes:
+            if node not in self.deployed or is_quantizer(self.gm, node):
+                continue
+            if node.op == "get_attr" and any(
+                not is_quantizer(self.gm, user) for user in node.users
+            ):
+                parameter = find_attribute(self.gm, str(node.target))
+                if parameter.requires_grad or parameter.is_floating_point():
+                    found[id(parameter)] = parameter.numel()
+            elif node.op == "call_module":
+                for parameter in self.gm.get_submodule(str(node.target)).parameters():
+                    found[id(parameter)] = parameter.numel()
+        return found
+
+    # -- coverage --------------------------------------------------------------------------------
+
+    def _entry(
+        self, node: fx.Node, bound: BoundOperation, resources: Mapping[str, SumResource]
+    ) -> LedgerEntry:
+        operation, info = bound.operation, OP_INFO.get(node)
+        quantized = bool(bound.sources) and all(
+            source.site is not None for source in _learnable(bound)
+        )
+        if quantized:
+            return LedgerEntry(
+                operation.name, operation.op, operation.macs, "quantized", "", PRICES.get(node)
+            )
+        reason = _reason(info, operation)
+        status = "float" if operation.macs or PRICES.get(node) else "free"
+        return LedgerEntry(
+            operation.name, operation.op, operation.macs, status, reason, PRICES.get(node)
+        )  # fmt: skip
+
+
+def _learnable(bound: BoundOperation) -> tuple[BitSource, ...]:
+    return bound.sources[:1] if bound.operation.op == "embedding" else bound.sources
+
+
+def _reason(info: OpInfo, operation: Operation) -> str:
+    if info.reason and operation.macs:
+        return f"{info.reason}; priced at {FLOAT_BITS} bits"
+    if operation.macs:
+        return f"no bounded table prices '{info.op}' by its bit-widths"
+    return "no multiply-accumulates, and no table of the call prices it"
