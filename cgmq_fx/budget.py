@@ -205,7 +205,9 @@ def resolve_resource(name: str | None, units: Mapping[str, str], default: str | 
         assert default is not None
         return default
     if len(fitting) != 1:
-        found = " and ".join(repr(table) for table in fitting) + " do" if fitting else "no table does"
+        found = (
+            " and ".join(repr(table) for table in fitting) + " do" if fitting else "no table does"
+        )
         raise BudgetError(
             f"budget resource {name!r} means a table that counts {DIMENSIONS[dimension]}, and "
             f"{found}; name one table itself; known: {known}"

@@ -44,16 +44,20 @@ class Plan(nn.Module):
 
     Attributes:
         settings: the arguments of `prepare`.
-        steps: optimizer steps taken under a guide, a buffer.
+        steps: optimizer steps taken under a guide; a buffer, shape ().
+        statistics: what the guide knows of each site's gradient, a running mean over steps of its mean
+            and of its sum of squares; a buffer, shape ``(sites, 2)``.
     """
 
     steps: torch.Tensor
+    statistics: torch.Tensor
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, num_sites: int) -> None:
         super().__init__()
         self.settings = settings
         self._accounting: Accounting | None = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("statistics", torch.zeros(num_sites, 2, dtype=torch.float64))
 
     @property
     def is_priced(self) -> bool:
@@ -80,5 +84,6 @@ class Plan(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A float checkpoint knows nothing of the plan.
-        state_dict.setdefault(f"{prefix}steps", self.steps)
+        for name, buffer in self.named_buffers():
+            state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, *rest)

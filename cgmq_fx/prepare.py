@@ -85,7 +85,7 @@ def prepare(
     Pipeline(_passes(settings, inputs)).run(gm)
     if not hasattr(gm, QUANTIZERS):
         gm.add_module(QUANTIZERS, QuantizerSet())
-    gm.add_module(PLAN, Plan(settings))
+    gm.add_module(PLAN, Plan(settings, len(gm.quantizers)))
     prepared = PreparedModule(gm, gm.graph, class_name=type(model).__name__)
     if inputs is not None:
         prepared.price(inputs)

@@ -74,6 +74,16 @@ class PreparedModule(fx.GraphModule):
         """The current bit-width of every quantizer, by site."""
         return {name: quantizer.bit_width for name, quantizer in self.quantizers.items()}
 
+    def set_bit_widths(self, bits: Sequence[int]) -> None:
+        """Give every quantizer its bit-width, in the order of `bit_widths`.
+
+        Raises:
+            UsageError: a quantizer may not have its bit-width.
+        """
+        for quantizer, width in zip(self.quantizers.values(), bits, strict=True):
+            if quantizer.bit_width != width:
+                quantizer.set_bit_width(width)
+
 
 def one_sample(inputs: Sequence[Any], batch_axis: int | None) -> tuple[Any, ...]:
     """Return `inputs` with the batch axis of every tensor that has one cut to one sample.

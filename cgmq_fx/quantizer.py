@@ -127,6 +127,11 @@ class Quantizer(nn.Module):
         return self._refit_due
 
     @property
+    def has_sample(self) -> bool:
+        """Whether values of the tensor are kept, for `refit` and `expected_noise` without it."""
+        return self._sample is not None
+
+    @property
     def mean_abs(self) -> float:
         """The mean size of the last sample's values.
 

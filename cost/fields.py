@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from fractions import Fraction
 
-from cgmq_fx.cost.faults import Faults, nearest, shown
+from cgmq_fx.cost.faults import Faults, nearest
 from cgmq_fx.errors import UsageError
 from cgmq_fx.units import exact, parse_number, parse_unit
 
@@ -76,10 +76,10 @@ def read_amount(value: object, faults: Faults) -> Fraction:
 
 
 def read_uncertainty(value: object, faults: Faults) -> Fraction | None:
-    """Return a relative error: a share such as 0.05, or a text such as ``5 %``."""
+    """Return a relative error: a share such as 0.05 or ``"1/20"``, or a text such as ``5 %``."""
     if value is None:
         return None
-    if not isinstance(value, str):
+    if not isinstance(value, str) or _FRACTION.fullmatch(value):
         return read_amount(value, faults)
     try:
         share = parse_number(value.replace("%", "", 1)) / 100 if "%" in value else Fraction(-1)
@@ -106,7 +106,7 @@ def read_mapping(value: object, faults: Faults) -> Mapping[str, object]:
     """Return a table with text keys."""
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return value
-    faults.add("must be a table { key = value, ... }", shown(value))
+    faults.add("must be a table { key = value, ... }", value)
     return {}
 
 

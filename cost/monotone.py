@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
-from cgmq_fx.cost.attributes import ALL_BITS, WEIGHT_BITS, bit_variables
+from cgmq_fx.cost.attributes import ALL_BITS, WEIGHT_BITS
 from cgmq_fx.cost.expression import Expression
 from cgmq_fx.cost.row import Row
-from cgmq_fx.cost.row_fields import TRIED_WIDTHS, formula_cost
+from cgmq_fx.cost.row_fields import tried_costs
 
 Costs = Mapping[tuple[int, int], Fraction]
 
@@ -65,11 +65,6 @@ def row_falls(row: Row) -> str | None:
         return falling_text(row.grid.axes, listed)
     if not isinstance(row.cost, Expression) or not row.cost.variables <= ALL_BITS:
         return None
-    formula = row.cost
-    tried = {
-        (weight, activation): formula_cost(formula, bit_variables("weight", (weight, activation)))
-        for weight in TRIED_WIDTHS
-        for activation in TRIED_WIDTHS
-    }
-    pair_row = not formula.variables <= set(WEIGHT_BITS)
-    return falling_text(("rhs", "lhs") if pair_row else ("weight", "activation"), tried)
+    pair_row = not row.cost.variables <= set(WEIGHT_BITS)
+    axes = ("rhs", "lhs") if pair_row else ("weight", "activation")
+    return falling_text(axes, tried_costs(row.cost))

@@ -1,7 +1,9 @@
 """The fields of a row, from what a user wrote to checked values."""
 
+import itertools
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from cgmq_fx.cost.attributes import ALL_BITS, bit_names, bit_variables, class_variables, is_target
@@ -30,7 +32,7 @@ _MAX_ENTRIES = 1024
 
 #: Widths at which formulas are tried when a table is read; every width that is used is tried again
 #: when a network is priced.
-TRIED_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+TRIED_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16, 32)
 
 
 def formula_cost(formula: Expression, variables: Mapping[str, Value | int]) -> Fraction:
@@ -147,23 +149,30 @@ def _cost(value: object, ops: tuple[str, ...], faults: Faults) -> Fraction | Exp
         return read_amount(value, faults)
     formula = _checked(value, ops, bit_names(ops), faults, condition=False)
     if formula is not None:
-        _try_widths(formula, faults)
+        try:
+            if formula.variables <= ALL_BITS:  # others are tried when a network is priced
+                tried_costs(formula)
+        except CostTableError as error:
+            faults.add(str(error))
     return formula
 
 
-def _try_widths(formula: Expression, faults: Faults) -> None:
-    """Note where a formula of bit-widths alone divides by zero or turns negative."""
-    if not formula.variables <= ALL_BITS:
-        return  # attributes are known when a network is priced, and tried then
-    for weight in TRIED_WIDTHS:
-        for activation in TRIED_WIDTHS:
-            widths = bit_variables("weight", (weight, activation))
-            try:
-                formula_cost(formula, widths)
-            except CostTableError as error:
-                at = ", ".join(f"{name} = {widths[name]}" for name in sorted(formula.variables))
-                faults.add(f"at {at or 'every width'}: {error}")
-                return
+@lru_cache(maxsize=4096)
+def tried_costs(formula: Expression) -> Mapping[tuple[int, int], Fraction]:
+    """Return what a formula of bit-widths alone gives, by weight (rhs) and activation (lhs) width.
+
+    Raises:
+        CostTableError: it divides by zero or is negative at some of `TRIED_WIDTHS`.
+    """
+    costs: dict[tuple[int, int], Fraction] = {}
+    for pair in itertools.product(TRIED_WIDTHS, TRIED_WIDTHS):
+        widths = bit_variables("weight", pair)
+        try:
+            costs[pair] = formula_cost(formula, widths)
+        except CostTableError as error:
+            at = ", ".join(f"{name} = {widths[name]}" for name in sorted(formula.variables))
+            raise CostTableError(f"at {at or 'every width'}: {error}") from error
+    return costs
 
 
 def _grid(value: object, ops: tuple[str, ...], faults: Faults) -> Grid | None:

@@ -24,8 +24,14 @@ _WEIGHT_OPS = frozenset(
     }
 )
 _ELEMENTWISE_PAIRS = frozenset({"add", "sub", "mul", "div"})
-# Calls whose two factors are not their first two arguments: position of the first factor.
-_FACTORS_FROM = {torch.baddbmm: 1, torch.addmm: 1, "baddbmm": 1, "addmm": 1, torch.einsum: 1}
+# Where a product's two factors stand, and the keywords that its signature gives them.
+_FACTORS = {
+    **dict.fromkeys((torch.bmm, torch.mm, "bmm", "mm"), ((0, "input"), (1, "mat2"))),
+    **dict.fromkeys((torch.mv, "mv"), ((0, "input"), (1, "vec"))),
+    **dict.fromkeys((torch.addmm, "addmm"), ((1, "mat1"), (2, "mat2"))),
+    **dict.fromkeys((torch.baddbmm, "baddbmm"), ((1, "batch1"), (2, "batch2"))),
+    torch.einsum: ((1, "operands"), (2, "operands")),
+}
 
 
 @final
@@ -95,10 +101,9 @@ def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...],
     if op == "attention":
         return _refs(node, "pair", ((0, "query"), (1, "key"), (2, "value")))
     if op == "matmul":
-        first = _FACTORS_FROM.get(node.target, 0)
         if node.target is torch.einsum and len(node.args) != 3:
             return "none", (), "an einsum of other than two tensors"
-        return _refs(node, "pair", ((first, "input"), (first + 1, "other")))
+        return _refs(node, "pair", _FACTORS.get(node.target, ((0, "input"), (1, "other"))))
     if op in _ELEMENTWISE_PAIRS:
         return _refs(node, "pair", ((0, "input"), (1, "other")))
     return "none", (), "no operand that a product reads"

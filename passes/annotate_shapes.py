@@ -6,20 +6,18 @@ from typing import Any, ClassVar, final
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cgmq_fx.attention import AttentionQuantizer
 from cgmq_fx.errors import UnsupportedModelError
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.guards import check_same
+from cgmq_fx.passes.mac_counter import counted_macs, mac_counter
 from cgmq_fx.passes.meta import COUNTED_MACS, OP_INFO, VALUE, MetaKey, TensorInfo, Value
 from cgmq_fx.passes.values import execute, fake_mode, to_fake
 from cgmq_fx.quantizers import Quantizer
 
 # Classes whose calls may hold products that only running them shows, when they are not opened.
-_MAY_MULTIPLY = frozenset(
-    {"other", "rnn", "matmul", "attention", "linear", "embedding", "conv1d", "conv2d", "conv3d"}
-)
+_MAY_MULTIPLY = frozenset({"other", "rnn", "bilinear", "matmul", "attention", "linear"})
 
 
 @final
@@ -102,15 +100,15 @@ def _run_node(
     try:
         with mode, torch.no_grad():
             if info.op in _MAY_MULTIPLY and info.operands == "none" and not _is_plain(module):
-                with FlopCounterMode(display=False) as counter:
+                with mac_counter() as counter:
                     result = execute(gm, node, args, kwargs, mode)
-                return result, counter.get_total_flops() // 2
+                return result, counted_macs(counter)
             return execute(gm, node, args, kwargs, mode), 0
     except Exception as error:
         given = ", ".join(str(_describe(value)) for value in args)
         raise UnsupportedModelError(
             f"the example inputs do not fit the model: operation '{node.name}' "
-            f"({info.target}) got {given or 'nothing'} and failed: {error}\\n"
+            f"({info.target}) got {given or 'nothing'} and failed: {error}\n"
             f"Give inputs that the float model accepts."
         ) from error
 

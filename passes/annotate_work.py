@@ -82,7 +82,7 @@ def _work(node: fx.Node, names: _Names) -> tuple[Operation, ...]:
     macs, attributes = _macs(node, info, shapes, output)
     weights = shapes[0].numel if info.operands == "weight" and shapes[0] is not None else 0
     inputs = sum(shape.numel for shape in _activations(node, info) if shape is not None)
-    op = "opaque" if macs and info.operands == "none" and info.op in ("other", "rnn") else info.op
+    op = "opaque" if macs and info.operands == "none" and info.op == "other" else info.op
     return (
         Operation(
             name, op, info.target, info.operands, macs, output.numel, inputs, weights, attributes

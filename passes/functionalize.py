@@ -2,12 +2,15 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, cast, final
 
+import torch
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
@@ -96,12 +99,31 @@ def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> Any:
     recorder = _Recorder(gm.graph)
     twin = _with_proxies(module, str(node.target), recorder)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)
+    if isinstance(module, _ConvTransposeNd) and _output_size(node) is not None:
+        twin._output_padding = _recorded(recorder, find_output_padding)
     if not isinstance(module, nn.MultiheadAttention):
         return twin.forward(*args, **kwargs)
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
     mode = _mode_node(gm, recorder) if module.dropout > 0.0 else None
     return open_attention(twin, mode, **arguments)
+
+
+def _output_size(node: fx.Node) -> Any:
+    return node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+
+
+def _recorded(recorder: _Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
+    def record(*args: Any) -> fx.Proxy:
+        return recorder.create_proxy("call_function", function, args, {})
+
+    return record
+
+
+def find_output_padding(data: torch.Tensor, output_size: Sequence[int], *geometry: Any) -> Any:
+    """Return the `output_padding` with which a transposed convolution gives `output_size`."""
+    # `self` is read only where no size is asked for.
+    return _ConvTransposeNd._output_padding(cast(Any, None), data, list(output_size), *geometry)
 
 
 def _mode_node(gm: fx.GraphModule, recorder: _Recorder) -> fx.Proxy:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cgmq_fx.attention import AttentionQuantizer
-from cgmq_fx.passes.functionalize import make_tuple
+from cgmq_fx.passes.functionalize import find_output_padding, make_tuple
 from cgmq_fx.passes.guards import TrainingMode, check_same, select_mode
 from cgmq_fx.passes.multi_head_attention import merge_masks
 from cgmq_fx.quantizers import Quantizer
@@ -29,7 +29,11 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "conv_transpose2d": (F.conv_transpose2d,),
     "conv_transpose3d": (F.conv_transpose3d,),
     "linear": (F.linear,),
-    "matmul": (torch.matmul, torch.bmm, torch.mm, operator.matmul, torch.baddbmm, torch.addmm, torch.einsum),
+    "bilinear": (F.bilinear,),
+    "matmul": (
+        torch.matmul, torch.bmm, torch.mm, torch.mv, operator.matmul, torch.baddbmm, torch.addmm,
+        torch.einsum,
+    ),
     "attention": (F.scaled_dot_product_attention,),
     "embedding": (F.embedding, F.embedding_bag),
     "add": (operator.add, operator.iadd, torch.add),
@@ -73,12 +77,12 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
         torch.swapaxes, torch.movedim, torch.unflatten, F.pad, F.pixel_shuffle, F.pixel_unshuffle,
         F.channel_shuffle, F.unfold, F.fold, torch.tile, torch.index_select, torch.broadcast_to, torch.clone,
         torch.arange, torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch._assert,
-        make_tuple, check_same, select_mode, merge_masks, torch.flip, torch.narrow,
+        make_tuple, find_output_padding, check_same, select_mode, merge_masks, torch.flip, torch.narrow,
     ),
 }  # fmt: skip
 
 _METHODS: Mapping[str, tuple[str, ...]] = {
-    "matmul": ("matmul", "bmm", "mm", "__matmul__", "baddbmm", "addmm"),
+    "matmul": ("matmul", "bmm", "mm", "mv", "__matmul__", "baddbmm", "addmm"),
     "add": ("add", "add_", "__add__", "__radd__"),
     "sub": ("sub", "sub_", "subtract"),
     "mul": ("mul", "mul_", "multiply"),

@@ -236,7 +236,7 @@ class ModelTracer(fx.Tracer):
     # -- entry -----------------------------------------------------------------------------------
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace `root`, a module in which `TRAINING_MODE` is free or a `TrainingMode`."""
+        """Trace `root`, a module in which the name `TRAINING_MODE` is free."""
         named = [*root.named_parameters(), *root.named_buffers()]
         self._attribute_names = {id(tensor): name for name, tensor in reversed(named)}
         if self.evaluator is not None:
@@ -254,6 +254,8 @@ class ModelTracer(fx.Tracer):
         """Create the placeholders, then the node that reads the mode, then enter the root."""
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
         self._mode = super().create_proxy("call_module", TRAINING_MODE, (), {})
+        if self.evaluator is not None:
+            self.evaluator.assume(self._mode.node, self.assumed_training)
 
         def with_mode(*inputs):  # type: ignore[no-untyped-def]  # noqa: ANN002, ANN202
             with self._mode_of(self.root):
@@ -301,7 +303,8 @@ def trace(
     """Trace `model` into a graph module that holds the same submodules, parameters and buffers.
 
     Args:
-        model: the module; it gains a submodule `TRAINING_MODE` and is shared with the result.
+        model: the module; where the graph reads the mode, it gains a submodule `TRAINING_MODE`. It is
+            shared with the result.
         inputs: one value for each argument of the model's forward, of which shapes and dtypes matter;
             None when they are not known. What is not a tensor is taken as it is, and guarded.
         batch_axis: the axis of the inputs that counts samples. A branch must not be decided by a batch
@@ -313,9 +316,6 @@ def trace(
             and the ways out.
     """
     _check_names(model, reserved)
-    flag = TrainingMode()
-    flag.training = model.training
-    model.add_module(TRAINING_MODE, flag)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -331,13 +331,16 @@ def trace(
     finally:
         for module, mode in modes.items():
             module.training = mode
+    if any(node.target == TRAINING_MODE for node in graph.nodes):
+        # Added last: a model that walks over its children would call it.
+        flag = TrainingMode()
+        flag.training = model.training
+        model.add_module(TRAINING_MODE, flag)
     gm = fx.GraphModule(model, graph, class_name=type(model).__name__)
     gm._modules.update(model._modules)
     gm._parameters.update(model._parameters)
     gm._buffers.update(model._buffers)
     gm._non_persistent_buffers_set |= model._non_persistent_buffers_set
-    if not any(node.target == TRAINING_MODE for node in graph.nodes):
-        gm.delete_submodule(TRAINING_MODE)
     return gm
 
 

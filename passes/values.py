@@ -80,6 +80,10 @@ class ValueEvaluator:
                 self._values[last] = self._compute(last)
         return self._values[node]
 
+    def assume(self, node: fx.Node, value: Any) -> None:
+        """Take `value` for what `node` produces."""
+        self._values[node] = value
+
     def _compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self._placeholder(node)

@@ -1,6 +1,5 @@
 """Laws of fake quantization, on any tensor, scheme, width and granularity."""
 
-import math
 from dataclasses import dataclass
 
 import pytest
@@ -162,7 +161,8 @@ def test_gradients_are_those_of_autograd_through_the_plain_function(case, sign):
     # In float64, where both take the same side of every rounding.
     quantizer = case.quantizer.double()
     with torch.no_grad():
-        quantizer.multiplier.mul_(sign)
+        # An end at 0 itself is let go by the library, and held by the derivative of abs.
+        quantizer.multiplier.clamp_(min=0.01).mul_(sign)
     case = Case(quantizer, case.x.detach().double().requires_grad_())
     gradient = torch.randn_like(case.x)
     quantizer(case.x).backward(gradient)
@@ -171,12 +171,15 @@ def test_gradients_are_those_of_autograd_through_the_plain_function(case, sign):
         plain(case, multiplier), (case.x, multiplier), gradient
     )
     torch.testing.assert_close(case.x.grad, expected_x)
-    gain = math.sqrt(quantizer.qparams().quant_max * multiplier.shape[-1] / case.x.numel())
-    if quantizer.spec.role == "weight":
-        gain = gain / quantizer.base.square()
+    gain = gain_of(quantizer, case.x)
     size = gradient.abs().sum() * quantizer.base * quantizer.qparams().quant_max
     error = (quantizer.multiplier.grad / gain - expected).abs()
-    assert (error <= 1e-12 * size).all()
+    assert (error <= 1e-7 * expected.abs() + 1e-12 * size).all()  # the gain itself is a float32
+
+
+def gain_of(quantizer: Quantizer, x: Tensor) -> Tensor:
+    numel, is_weight = x.numel() / quantizer.spec.num_channels, quantizer.spec.role == "weight"
+    return range_gain(numel, quantizer.quant_max, quantizer.base, is_weight=is_weight)
 
 
 @given(cases())
@@ -197,12 +200,10 @@ def test_per_channel_is_per_tensor_on_each_channel(case):
         single.backward(gradient.select(spec.channel_axis, channel))
         assert torch.equal(single, result.select(spec.channel_axis, channel))
         assert torch.equal(x.grad, case.x.grad.select(spec.channel_axis, channel))
-        torch.testing.assert_close(
-            alone.multiplier.grad,
-            case.quantizer.multiplier.grad[..., channel : channel + 1],
-            rtol=1e-3,
-            atol=float(alone.multiplier.grad.abs().max()) * 1e-3,
-        )
+        expected = alone.multiplier.grad / gain_of(alone, x)
+        actual = (case.quantizer.multiplier.grad / gain_of(case.quantizer, case.x))[..., channel]
+        slack = float(expected.abs().max()) * 1e-3
+        torch.testing.assert_close(actual, expected[..., 0], rtol=1e-3, atol=slack)
 
 
 @given(cases(bit_widths=st.sampled_from([2, 8, 32])))
@@ -261,9 +262,11 @@ def test_large_tensors_worked_on_in_blocks_give_the_same(seed, scheme, bit_width
     torch.testing.assert_close(whole[1], blocks[1], rtol=1e-3, atol=1e-4 * bit_width)
 
 
-def test_the_gain_of_a_weight_is_that_of_an_activation_over_its_squared_range():
-    quant_max, base = torch.tensor(7), torch.tensor([0.1, 10.0])
+def test_the_gain_by_hand():
+    quant_max, base = torch.tensor(7), torch.tensor([0.2, 0.1, 1e-20, 1.6])
     activation = range_gain(28, quant_max, base, is_weight=False)
     assert float(activation) == 0.5
     weight = range_gain(28, quant_max, base, is_weight=True)
-    torch.testing.assert_close(weight, torch.tensor([50.0, 0.005]))
+    torch.testing.assert_close(weight, 0.5 / torch.tensor([0.2, 0.2, 0.2, 1.6]).square())
+    tiny = range_gain(28, quant_max, base[2:3], is_weight=True)
+    assert float(tiny) == 0.5 * 2**20

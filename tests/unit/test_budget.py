@@ -93,7 +93,7 @@ def test_no_budget_at_all():
 
 
 def test_all_faults_at_once():
-    with pytest.raises(BudgetError, match="resource 'bops': budget 7 .*resource 'x': budget '1 z'"):
+    with pytest.raises(BudgetError, match=r"'bops': budget 7 .*resource 'x': budget '1 z'"):
         Budget({"bops": 7, "x": "1 z"})
 
 
@@ -129,7 +129,7 @@ def test_json_round_trip(spec):
     ],
 )
 def test_malformed_json(data):
-    with pytest.raises(BudgetError, match="stored budget .* is malformed"):
+    with pytest.raises(BudgetError, match=r"stored budget .* is malformed"):
         Budget.from_json(data)
 
 
@@ -173,5 +173,5 @@ def test_resolve_budget():
 
 
 def test_two_names_for_one_table():
-    with pytest.raises(BudgetError, match="'bops' and .no name. both mean .* table 'bops'"):
+    with pytest.raises(BudgetError, match=r"'bops' and .no name. both mean .* table 'bops'"):
         Budget({"bops": 0.1, None: 0.2}).resolve(UNITS, "bops")

@@ -17,8 +17,12 @@ WIDTHS = st.lists(st.sampled_from([*range(2, 17), 32]), min_size=1, unique=True)
 
 @pytest.mark.parametrize(
     ("gate", "bit_width"),
-    [(-7.0, 2), (0.0, 2), (0.001, 2), (1.0, 2), (1.001, 4), (2.5, 8), (4.0, 16), (4.001, 32)]
-    + [(5.5, 32), (math.inf, 32), (-math.inf, 2)],
+    [
+        *((gate, 2) for gate in (-math.inf, -7.0, 0.0, 0.001, 1.0)),
+        *((gate, 4) for gate in (1.001, 2.0)),
+        *((2.5, 8), (4.0, 16)),
+        *((gate, 32) for gate in (4.001, 5.5, math.inf)),
+    ],
 )
 def test_the_default_bands(gate, bit_width):
     assert bit_width_of(gate) == bit_width

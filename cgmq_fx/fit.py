@@ -1,0 +1,291 @@
+"""`fit`: guided training without a loop of one's own."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cgmq_fx.errors import TrainingError, UsageError
+from cgmq_fx.guide import Guide, attach
+from cgmq_fx.lower import lower
+from cgmq_fx.lowered import LoweredModule
+from cgmq_fx.prepared import PreparedModule
+
+Loss = Callable[[Any, Any], Tensor]
+Metric = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of guided training came to.
+
+    Attributes:
+        epoch: its number, from 1.
+        train_loss: mean loss over its batches.
+        val_metric: mean metric over the validation samples, higher is better; None without a loader.
+        satisfied: whether every budget was met at its end.
+        totals: the cost of each resource at its end, in its unit.
+        bit_widths: the bit-width of each quantizer at its end.
+    """
+
+    epoch: int
+    train_loss: float
+    val_metric: float | None
+    satisfied: bool
+    totals: dict[str, Fraction]
+    bit_widths: dict[str, int]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """The result of `fit`.
+
+    Attributes:
+        fixed: the lowered module of the best epoch; within every budget.
+        history: one record for each epoch.
+        best_epoch: the epoch that `fixed` is of; None where none met the budgets and lowering did.
+        interrupted: whether Ctrl-C ended the run.
+    """
+
+    fixed: LoweredModule
+    history: tuple[Epoch, ...]
+    best_epoch: int | None
+    interrupted: bool
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Return for each sample whether the largest of its logits is its class's.
+
+    Args:
+        output: ``(samples, classes)``.
+        target: ``(samples,)``, integer.
+    """
+    return (output.argmax(dim=-1) == target).float()
+
+
+def fit(
+    prepared: PreparedModule,
+    train_loader: Iterable[Any],
+    loss_fn: Loss,
+    *,
+    epochs: int,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    val_loader: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    direction: str = "fisher",
+    patience: int | None = None,
+    progress: bool = True,
+    callback: Callable[[Epoch], None] | None = None,
+) -> FitResult:
+    """Train `prepared` to its budgets and return the lowered module of the best epoch that met them.
+
+    The best epoch is the one of the highest validation metric, or the last without a `val_loader`.
+    Ctrl-C ends the run and keeps what was best. `prepared` is left in the state of the best epoch.
+
+    Args:
+        prepared: what `prepare` returned.
+        train_loader: batches ``(*inputs, target)``, iterated once an epoch.
+        loss_fn: ``loss_fn(output, target)``, a scalar.
+        epochs: passes over the loader.
+        optimizer: over the parameters of `prepared`; by default Adam at 1e-3, falling to 0 on a cosine.
+        scheduler: a learning-rate scheduler of `optimizer`, stepped after each epoch.
+        val_loader: batches like the training ones, for the choice of the best epoch.
+        metric: ``metric(output, target)``, higher is better, one number or one for each sample; by
+            default minus the loss.
+        direction: the rule that moves the gates, see `attach`.
+        patience: stop after this many epochs that met the budgets without a better metric.
+        progress: show a progress bar.
+        callback: called with each epoch's record.
+
+    Raises:
+        BudgetError: the budgets are infeasible for the shapes of the first batch.
+        TrainingError: the loss is not finite; `prepared` is in the last state that met the budgets, if
+            there was one.
+        UsageError: arguments make no sense.
+    """
+    if epochs < 1:
+        raise UsageError(f"epochs={epochs} must be at least 1")
+    steps = epochs * len(train_loader) if hasattr(train_loader, "__len__") else None
+    if optimizer is None:
+        optimizer = torch.optim.Adam(
+            [p for p in prepared.parameters() if p.requires_grad], lr=1e-3
+        )
+        if steps is not None and scheduler is None:
+            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    guide = attach(prepared, optimizer, direction=direction, total_steps=steps)
+    run = _Run(prepared, guide, optimizer, scheduler, loss_fn, metric, patience, callback)
+    try:
+        with _bar(progress) as bar:
+            run.train(train_loader, val_loader, epochs, bar)
+    except KeyboardInterrupt:
+        run.interrupted = True
+        if not prepared.plan.is_priced:
+            raise
+    finally:
+        guide.detach()
+        run.restore_best()
+    return FitResult(
+        lower(prepared), tuple(run.history), run.best_epoch, run.interrupted
+    )
+
+
+class _Run:
+    def __init__(
+        self,
+        prepared: PreparedModule,
+        guide: Guide,
+        optimizer: Optimizer,
+        scheduler: Any,
+        loss_fn: Loss,
+        metric: Metric | None,
+        patience: int | None,
+        callback: Callable[[Epoch], None] | None,
+    ) -> None:
+        self.prepared, self.guide = prepared, guide
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.loss_fn, self.metric = loss_fn, metric
+        self.patience, self.callback = patience, callback
+        self.history: list[Epoch] = []
+        self.best_epoch: int | None = None
+        self.interrupted = False
+        self._best_metric = -math.inf
+        self._best_state: dict[str, Any] | None = None
+        first = next(prepared.parameters(), None)
+        self._device = torch.device("cpu") if first is None else first.device
+
+    def train(
+        self,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        epochs: int,
+        bar: Progress | None,
+    ) -> None:
+        for number in range(1, epochs + 1):
+            loss = self._train_epoch(train_loader, number, epochs, bar)
+            metric = None if val_loader is None else self._validate(val_loader)
+            self._record(number, loss, metric)
+            if self.scheduler is not None:
+                self.scheduler.step()
+            if self._is_patient_no_more():
+                return
+
+    def _train_epoch(
+        self, loader: Iterable[Any], number: int, epochs: int, bar: Progress | None
+    ) -> float:
+        self.prepared.train()
+        total, count = 0.0, 0
+        batches = len(loader) if hasattr(loader, "__len__") else None
+        task = None if bar is None else bar.add_task(f"epoch {number}/{epochs}", total=batches)
+        for batch in loader:
+            inputs, target = self._unpack(batch)
+            self.optimizer.zero_grad()
+            loss = self.loss_fn(self.prepared(*inputs), target)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"epoch {number}, batch {count}: the loss is {value}; the optimizer has not stepped on "
+                    f"it. Check the data for NaN, lower the learning rate, or clip gradients; "
+                    f"{self._kept()}"
+                )
+            loss.backward()
+            self.optimizer.step()
+            total, count = total + value, count + 1
+            if bar is not None and task is not None:
+                bar.update(task, advance=1, description=self._status(number, epochs, total / count))
+        if bar is not None and task is not None:
+            bar.remove_task(task)
+        if count == 0:
+            raise UsageError("train_loader gave no batch; an iterator can be used for one epoch only")
+        return total / count
+
+    def _kept(self) -> str:
+        if self._best_state is None:
+            return "no epoch has met the budgets yet"
+        return f"prepared is back in the state of epoch {self.best_epoch}, which met every budget"
+
+    def _status(self, number: int, epochs: int, loss: float) -> str:
+        accounting, bits = self.prepared.plan.accounting, list(self.prepared.bit_widths.values())
+        shares = ", ".join(
+            f"{name} {float(total / accounting.limits[name]):.2f} of budget"
+            for name, total in accounting.totals(bits).items()
+            if name in accounting.limits
+        )
+        return f"epoch {number}/{epochs}  loss {loss:.4f}  {shares}"
+
+    @torch.no_grad()
+    def _validate(self, loader: Iterable[Any]) -> float:
+        self.prepared.eval()
+        total, count = 0.0, 0
+        for batch in loader:
+            inputs, target = self._unpack(batch)
+            output = self.prepared(*inputs)
+            samples = inputs[0].shape[0] if isinstance(inputs[0], Tensor) and inputs[0].dim() else 1
+            score = -self.loss_fn(output, target) if self.metric is None else self.metric(output, target)
+            total, count = total + float(score.float().mean()) * samples, count + samples
+        if count == 0:
+            raise UsageError("val_loader gave no batch; give a loader that can be iterated every epoch")
+        return total / count
+
+    def _record(self, number: int, loss: float, metric: float | None) -> None:
+        accounting, bits = self.prepared.plan.accounting, self.prepared.bit_widths
+        values = list(bits.values())
+        epoch = Epoch(
+            number, loss, metric, accounting.is_satisfied(values), accounting.totals(values), bits
+        )
+        self.history.append(epoch)
+        better = metric is None or metric >= self._best_metric
+        if epoch.satisfied and better:
+            self._best_metric = -math.inf if metric is None else metric
+            self.best_epoch = number
+            self._best_state = copy.deepcopy(self.prepared.state_dict())
+        if self.callback is not None:
+            self.callback(epoch)
+
+    def _is_patient_no_more(self) -> bool:
+        if self.patience is None or self.best_epoch is None:
+            return False
+        return self.history[-1].epoch - self.best_epoch >= self.patience
+
+    def restore_best(self) -> None:
+        """Put `prepared` into the best state that met the budgets, if there is one."""
+        if self._best_state is not None:
+            self.prepared.load_state_dict(self._best_state)
+
+    def _unpack(self, batch: Any) -> tuple[tuple[Any, ...], Any]:
+        if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) < 2:
+            raise UsageError(
+                f"a batch is {type(batch).__name__}; fit takes batches (*inputs, target): for others write "
+                f"the loop yourself and use cgmq_fx.attach"
+            )
+        moved = [
+            item.to(self._device) if isinstance(item, Tensor) else item for item in batch
+        ]
+        return tuple(moved[:-1]), moved[-1]
+
+
+class _Silent:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        return None
+
+
+def _bar(show: bool) -> Any:
+    if not show:
+        return _Silent()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+    )
