@@ -69,6 +69,7 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
             buffer.zero_()
 
 
+@torch.no_grad()
 def smallest_input(name: str, model: nn.Module) -> tuple[int, ...]:
     """Return the shape of the smallest sample that the model takes, without the batch axis.
 

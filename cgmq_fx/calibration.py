@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from cgmq_fx.fake_quantize import RANGE_MAX, RANGE_MIN, grid_of, to_steps, widen
+from cgmq_fx.fake_quantize import RANGE_MAX, RANGE_MIN, grid_of, span_of, to_steps, widen
 from cgmq_fx.quantizer_spec import Scheme, integer_grid
 
 # Clipping factors of the least-squares search: halves of octaves down to 1/64, where heavy tails
@@ -49,7 +49,7 @@ def observed_ends(rows: Tensor, scheme: Scheme) -> Tensor:
         ends = torch.stack((-low.clamp(max=0), high.clamp(min=0)))
     else:
         ends = torch.maximum(-low, high) if scheme == "symmetric" else high.clamp(min=0)
-    span = ends.sum(0) if ends.ndim == 2 else ends
+    span = span_of(ends)
     top = torch.where(span.amax() > 0, span.amax(), 1.0)
     spare = top if ends.ndim == 1 else torch.stack((torch.zeros_like(top), top)).unsqueeze(1)
     return torch.where(span == 0, spare, ends).clamp(max=RANGE_MAX)
@@ -70,7 +70,7 @@ def least_squares_ends(rows: Tensor, ends: Tensor, scheme: Scheme, bit_width: in
     """
     quant_min, quant_max = integer_grid(scheme, bit_width)
     # In units of a power of two near the span, so that squares neither overflow nor vanish.
-    unit = torch.exp2((ends.sum(0) if ends.ndim == 2 else ends).clamp(min=RANGE_MIN).log2().ceil())
+    unit = torch.exp2(span_of(ends).clamp(min=RANGE_MIN).log2().ceil())
     scaled, best = rows / unit.unsqueeze(1), ends / unit
     error = squared_error(scaled, best, quant_min, quant_max)
     movable = [(1, 1), (1, 0), (0, 1)] if ends.ndim == 2 else [(1,)]
@@ -85,9 +85,3 @@ def least_squares_ends(rows: Tensor, ends: Tensor, scheme: Scheme, bit_width: in
                 best = torch.where(better, trial, best)
                 error = torch.where(better, trial_error, error)
     return best * unit
-
-
-def split_ends(ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the multiplier and the base whose product is `ends`, the span as the base."""
-    base = (ends.sum(0) if ends.ndim == 2 else ends).clamp(RANGE_MIN, RANGE_MAX)
-    return (ends / base if ends.ndim == 2 else torch.ones_like(base)), base

@@ -68,18 +68,26 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def span_of(ends: Tensor) -> Tensor:
+    """Return the unit in which the ends of each range move, shape (ranges,): their sum."""
+    return ends.sum(0) if ends.ndim == 2 else ends
+
+
 def ends_of(multiplier: Tensor, base: Tensor) -> Tensor:
-    """Return the learned distances from 0 to the ends of the range, in real units.
+    """Return the distances from 0 to the ends of the range, in real units, signed.
 
     Shape (ranges,): the range reaches up to the end (and down to its negative where symmetric).
-    Shape (2, ranges), affine: from minus the first row to the second. A multiplier that an
-    optimizer's step carried below 0 counts by its size.
+    Shape (2, ranges), affine: from minus the first row to the second, each of which a multiplier
+    moves by shares of the whole span, so that an end at 0 can move too. An end that an optimizer's
+    step carried below 0 counts by its size.
     """
-    return widen(multiplier).abs() * widen(base)
+    multiplier, base = widen(multiplier), widen(base)
+    return multiplier * base if base.ndim == 1 else base + (multiplier - 1) * span_of(base)
 
 
 def grid_of(ends: Tensor, quant_min: Tensor, quant_max: Tensor) -> Grid:
     """Return the grid on which codes from quant_min to quant_max span the range with these ends."""
+    ends = ends.abs()
     low, high = quant_min.to(ends.dtype), quant_max.to(ends.dtype)
     if ends.ndim == 1:
         return Grid(ends.clamp(RANGE_MIN, RANGE_MAX) / high, torch.zeros_like(high), low, high)
@@ -117,7 +125,7 @@ def fake_quantize(
     Args:
         x: any shape, floating.
         multiplier: (ranges,), or (2, ranges) for an affine range; see `ends_of`.
-        base: (ranges,), positive.
+        base: the shape of multiplier, not negative: the ends where every multiplier is 1.
         quant_min: integer, shape ().
         quant_max: integer, shape ().
         passthrough: bool, shape (): True at 32 bits.
@@ -151,9 +159,9 @@ def range_gain(numel: float, quant_max: Tensor, base: Tensor, *, is_weight: bool
     if not is_weight:
         return gain
     # Training leaves dead channels with weights near 1e-20; what they get must stay finite.
-    base = widen(base)
-    floor = (base.amax() * RELATIVE_FLOOR).clamp(min=ABSOLUTE_FLOOR)
-    return gain / torch.maximum(base, floor).square()
+    span = span_of(widen(base))
+    floor = (span.amax() * RELATIVE_FLOOR).clamp(min=ABSOLUTE_FLOOR)
+    return gain / torch.maximum(span, floor).square()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -179,7 +187,7 @@ class _FakeQuantize(torch.autograd.Function):
             return x.clone()
         ends = ends_of(multiplier, base)
         grid = grid_of(ends, quant_min, quant_max)
-        ctx.save_for_backward(x, multiplier, base, quant_max, passthrough, ends, *grid)
+        ctx.save_for_backward(x, base, quant_max, passthrough, ends, *grid)
         inner = grid.along(channel_axis, x.ndim)
         out = to_steps(widen(x), inner).mul_(inner.scale).to(x.dtype)
         return torch.where(passthrough, x, out) if bypass is None else out
@@ -191,7 +199,7 @@ class _FakeQuantize(torch.autograd.Function):
         grad_probe = _statistics(widen(grad_out)) if needs_probe else None
         if ctx.bypass:
             return _gradients(grad_out if needs_x else None, None, grad_probe)
-        x, multiplier, base, quant_max, passthrough, ends, *fields = ctx.saved_tensors
+        x, base, quant_max, passthrough, ends, *fields = ctx.saved_tensors
         grid = Grid(*fields)
         inner = grid.along(ctx.channel_axis, x.ndim)
         axis, affine = ctx.channel_axis, ends.ndim == 2
@@ -204,8 +212,8 @@ class _FakeQuantize(torch.autograd.Function):
             grad_ends = _grad_ends(sums, ends, grid)
             numel = x.numel() / sums.shape[1]
             gain = range_gain(numel, quant_max, base, is_weight=ctx.is_weight)
-            grad_multiplier = grad_ends * torch.copysign(widen(base) * gain, widen(multiplier))
-            grad_multiplier = grad_multiplier.to(multiplier.dtype)
+            grad_multiplier = grad_ends * torch.copysign(span_of(widen(base)) * gain, ends)
+            grad_multiplier = grad_multiplier.to(base.dtype)
         if ctx.bypass is None:
             grad_x = torch.where(passthrough, grad_out, grad_x)
             if grad_multiplier is not None:
@@ -280,7 +288,7 @@ def _per_range(values: Tensor, axis: int | None) -> Tensor:
 
 
 def _grad_ends(sums: Tensor, ends: Tensor, grid: Grid) -> Tensor:
-    """Return the gradient with respect to `ends` from the sums of `_backpropagate`.
+    """Return the gradient with respect to the size of `ends` from the sums of `_backpropagate`.
 
     In an affine range zero_point follows both ends, straight through its rounding, and moves every
     clipped value.
@@ -289,5 +297,5 @@ def _grad_ends(sums: Tensor, ends: Tensor, grid: Grid) -> Tensor:
         return sums[0] / grid.high
     of_scale, of_clipped = sums
     steps = grid.high - grid.low
-    of_scale = of_scale + of_clipped * ends[0] / grid.scale
+    of_scale = of_scale + of_clipped * ends[0].abs() / grid.scale
     return torch.stack((of_scale / steps - of_clipped, of_scale / steps))

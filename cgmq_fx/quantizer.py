@@ -13,7 +13,6 @@ from cgmq_fx.calibration import (
     least_squares_ends,
     observed_ends,
     rows_of,
-    split_ends,
     squared_error,
     subsample,
 )
@@ -45,7 +44,8 @@ class Quantizer(nn.Module):
     """Fake-quantizes one tensor at the width that its gate selects.
 
     The range is `base * multiplier`: base, a buffer, comes from data, and multiplier, a parameter
-    near 1, is learned, so that a step of an optimizer is relative to the range, whatever its size.
+    near 1, is learned, so that a step of an optimizer is relative to the range, whatever its size
+    (the two ends of an affine range: `fake_quantize.ends_of`).
     At 32 bits the tensor passes through bit for bit. A first forward calibrates; in eager mode a
     forward after a change of width fits the range anew, in training on what it sees, in evaluation
     on the kept sample. Compiled code does not: call `refit` after a change of width there.
@@ -73,7 +73,7 @@ class Quantizer(nn.Module):
         self.multiplier = nn.Parameter(torch.ones(*rows, spec.num_channels))
         self.probe = nn.Parameter(torch.zeros(2))
         self.register_buffer("gate", torch.tensor(gate_for(spec.widths[-1], spec.widths)))
-        self.register_buffer("base", torch.ones(spec.num_channels))
+        self.register_buffer("base", torch.ones(*rows, spec.num_channels))
         # What persists of the two flags, and their mirrors, which forward reads without a sync.
         self.register_buffer("calibrated", torch.tensor(False))
         self.register_buffer("refit_due", torch.tensor(False))
@@ -259,9 +259,9 @@ class Quantizer(nn.Module):
         if self._bit_width != FLOAT_WIDTH:
             fitted = subsample(rows, FIT_VALUES[self.spec.role])
             ends = least_squares_ends(fitted, ends, self.spec.scheme, self._bit_width)
-        multiplier, base = split_ends(ends)
-        self.multiplier.copy_(multiplier)
-        self.base.copy_(base)
+        # Only the buffer depends on data: distributed training gives every rank that of the first.
+        self.base.copy_(ends)
+        self.multiplier.fill_(1)
         self._keep_sample(rows)
         self._set_flags(calibrated=True, refit_due=False)
 

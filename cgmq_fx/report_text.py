@@ -105,7 +105,7 @@ def _operations(contents: ReportContents) -> Table:
         column.add_columns(table)
     for row in rows:
         cells = [cell for item in columns for cell in item.cells(row.cost[item.resource.name])]
-        table.add_row(row.name, row.op, f"{row.macs:,}", bits_text(row), *cells)
+        table.add_row(Text(row.name), row.op, f"{row.macs:,}", bits_text(row), *cells)
     table.add_section()
     totals = [cell for item in columns for cell in item.cells(item.resource.total)]
     macs = sum(row.macs for row in rows)
@@ -124,7 +124,7 @@ def _tensors(contents: ReportContents) -> Table:
     for row in rows:
         cells = [cell for item in columns for cell in item.cells(row.cost[item.resource.name])]
         bits = "float" if row.bits == _FLOAT_BITS else f"w{row.bits}"
-        table.add_row(row.name, f"{row.elements:,}", bits, *cells)
+        table.add_row(Text(row.name), f"{row.elements:,}", bits, *cells)
     table.add_section()
     totals = [cell for item in columns for cell in item.cells(item.resource.total)]
     table.add_row("total", f"{sum(row.elements for row in rows):,}", "", *totals, style="bold")
@@ -194,7 +194,7 @@ def _coverage(coverage: Coverage) -> RenderableType:
     lines = Table.grid(padding=(0, 2))
     lines.add_row(Text("coverage", style="bold"), f"of {coverage.macs:,} MACs")
     for label, text in _coverage_lines(coverage):
-        lines.add_row(f"  {label}", text)
+        lines.add_row(f"  {label}", Text(text))
     return lines
 
 
@@ -234,7 +234,7 @@ def _footer(resources: Sequence[ResourceSummary]) -> RenderableType:
     lines = Table.grid(padding=(0, 2))
     for item in resources:
         for position, note in enumerate(item.convention):
-            lines.add_row(item.name if position == 0 else "", note, style="dim")
+            lines.add_row(item.name if position == 0 else "", Text(note), style="dim")
     return lines
 
 

@@ -56,6 +56,7 @@ CLASS_ATTRIBUTES: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
         "matmul": {"batch": "number", "m": "number", "n": "number", "k": "number"},
         "attention": {
             "batch": "number",
+            "heads": "number",
             "m": "number",
             "n": "number",
             "k": "number",

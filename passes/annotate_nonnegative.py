@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.deployed import mutators
 from cgmq_fx.passes.meta import IS_NONNEGATIVE, OP_INFO, MetaKey
 
 _PRODUCES = frozenset(
@@ -53,7 +54,7 @@ class AnnotateNonnegative(GraphPass):
 
 
 def _is_nonnegative(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output") or mutators(node):
         return False
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))

@@ -100,7 +100,7 @@ def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> Any:
     twin = _with_proxies(module, str(node.target), recorder)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)
     if isinstance(module, _ConvTransposeNd) and _output_size(node) is not None:
-        twin._output_padding = _recorded(recorder, find_output_padding)
+        twin.__dict__["_output_padding"] = _recorded(recorder, find_output_padding)
     if not isinstance(module, nn.MultiheadAttention):
         return twin.forward(*args, **kwargs)
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)

@@ -11,7 +11,7 @@ from cgmq_fx.attention import AttentionQuantizer
 from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass
-from cgmq_fx.passes.deployed import deployed_nodes
+from cgmq_fx.passes.deployed import deployed_nodes, mutators
 from cgmq_fx.passes.meta import (
     COUNTED_MACS,
     IS_CONSTANT,
@@ -183,7 +183,9 @@ def _insert(gm: fx.GraphModule, site: str, uses: list[tuple[fx.Node, OperandRef]
     quantized: dict[object, fx.Node] = {}
     for node, ref in uses:
         tensor = _tensor(node, ref)
-        key = site if tensor.op == "get_attr" else tensor
+        key: object = site if tensor.op == "get_attr" else tensor
+        if mutators(tensor):
+            key = node  # it may hold other values at each of its readers
         if key not in quantized:
             with gm.graph.inserting_before(node):
                 quantized[key] = gm.graph.call_module(f"{QUANTIZERS}.{site}", (tensor,))

@@ -107,6 +107,18 @@ def test_the_error_is_at_most_half_a_step_inside_and_the_end_is_taken_outside(ca
     assert torch.equal(result[case.x < low], low[case.x < low])
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "unsigned", "affine"])
+def test_ties_round_to_even_before_the_zero_point_is_added(scheme):
+    quantizer = Quantizer(QuantizerSpec("activation", scheme, widths=(8,)))
+    quantizer.calibrate(torch.ones(1))
+    with torch.no_grad():  # scale 2, and 3 as the zero point of the affine one
+        ends = {"symmetric": [254.0], "unsigned": [510.0], "affine": [[6.0], [504.0]]}
+        quantizer.base.copy_(torch.tensor(ends[scheme]))
+    x = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    assert quantizer(x).tolist() == [0.0, 4.0, 4.0, 8.0]
+    assert int(quantizer.qparams().zero_point) == (3 if scheme == "affine" else 0)
+
+
 @given(cases())
 def test_zero_is_exact(case):
     assert not case.quantizer(torch.zeros_like(case.x)).any()
@@ -141,12 +153,13 @@ def plain(case: Case, multiplier: Tensor) -> Tensor:
         return value + (value.round() - value).detach()
 
     spec, qparams = case.quantizer.spec, case.quantizer.qparams()
-    ends = multiplier.abs() * case.quantizer.base
+    base = case.quantizer.base
     if spec.scheme == "affine":
+        ends = (base + (multiplier - 1) * (base[0] + base[1])).abs()
         scale = (ends[0] + ends[1]) / qparams.quant_max
         zero_point = rounded(ends[0] / scale)
     else:
-        scale = ends / qparams.quant_max
+        scale = (multiplier * base).abs() / qparams.quant_max
         zero_point = torch.zeros_like(scale)
     pick = 0 if spec.channel_axis is None else slice(None)
     scale, zero_point = per_element(scale[pick], case), per_element(zero_point[pick], case)
@@ -161,8 +174,7 @@ def test_gradients_are_those_of_autograd_through_the_plain_function(case, sign):
     # In float64, where both take the same side of every rounding.
     quantizer = case.quantizer.double()
     with torch.no_grad():
-        # An end at 0 itself is let go by the library, and held by the derivative of abs.
-        quantizer.multiplier.clamp_(min=0.01).mul_(sign)
+        quantizer.multiplier.mul_(sign)
     case = Case(quantizer, case.x.detach().double().requires_grad_())
     gradient = torch.randn_like(case.x)
     quantizer(case.x).backward(gradient)
@@ -172,7 +184,7 @@ def test_gradients_are_those_of_autograd_through_the_plain_function(case, sign):
     )
     torch.testing.assert_close(case.x.grad, expected_x)
     gain = gain_of(quantizer, case.x)
-    size = gradient.abs().sum() * quantizer.base * quantizer.qparams().quant_max
+    size = gradient.abs().sum() * quantizer.base.sum() * quantizer.qparams().quant_max
     error = (quantizer.multiplier.grad / gain - expected).abs()
     assert (error <= 1e-7 * expected.abs() + 1e-12 * size).all()  # the gain itself is a float32
 
@@ -195,7 +207,7 @@ def test_per_channel_is_per_tensor_on_each_channel(case):
         alone.calibrate(x)
         with torch.no_grad():
             alone.multiplier.copy_(case.quantizer.multiplier[..., channel : channel + 1])
-            alone.base.copy_(case.quantizer.base[channel : channel + 1])
+            alone.base.copy_(case.quantizer.base[..., channel : channel + 1])
         single = alone(x)
         single.backward(gradient.select(spec.channel_axis, channel))
         assert torch.equal(single, result.select(spec.channel_axis, channel))
@@ -226,6 +238,16 @@ def test_a_fitted_range_errs_no_more_than_the_observed_one(case):
     ends = observed_ends(rows, quantizer.spec.scheme)
     observed = squared_error(rows, ends, qparams.quant_min, qparams.quant_max)
     assert (fitted.double().square().sum(1) <= observed * (1 + 1e-5)).all()
+
+
+@given(cases(), st.integers(-80, 80))
+def test_a_fit_scales_with_its_data(case, exponent):
+    quantizer = case.quantizer
+    x = torch.randn_like(case.x)
+    quantizer.refit(x)
+    expected = quantizer.base * 2.0**exponent
+    quantizer.refit(x * 2.0**exponent)
+    assert torch.equal(quantizer.base, expected) or (quantizer.base == 1).any()
 
 
 @given(cases(bit_widths=st.sampled_from([2, 4, 8])), st.sampled_from([torch.bfloat16, torch.half]))

@@ -300,7 +300,6 @@ ZOO = (
         "transformer layer",
         lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True),
         _images(4, 8),
-        needs_inputs=True,
     ),
     ZooCase("tied", TiedLanguageModel, lambda: (torch.randint(11, (2, 4)),)),
     ZooCase("two inputs", TwoInputs, lambda: (torch.randn(2, 6), torch.randn(2, 4))),

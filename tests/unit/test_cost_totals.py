@@ -167,6 +167,12 @@ def test_fixed_width_that_does_not_fit():
         price(operations, grids, 2, WIDTHS)
 
 
+def test_formula_with_attributes_is_priced_per_operation():
+    per_group = table(Row(op="conv2d", per="mac", cost={"formula": "groups * weight_bits"}))
+    operations = [bind(conv("a", macs=1, groups=n), "s0", "8") for n in (1, 4)]
+    assert price(operations, per_group, 1, WIDTHS).costs(at(2)) == [2, 8]
+
+
 def test_wrong_number_of_sources():
     with pytest.raises(CostTableError, match="'conv' has 2 bit-widths, 1 sources were given"):
         price([bind(conv(), "s0")], get_table("bops"), 1, WIDTHS)

@@ -28,7 +28,7 @@ def test_the_default_bands(gate, bit_width):
     assert bit_width_of(gate) == bit_width
 
 
-@given(WIDTHS, st.floats(-3, 20))
+@given(WIDTHS, st.floats(-3, 20) | st.integers(-3, 20).map(float))
 def test_the_tensor_version_agrees_with_the_scalar_one(widths, gate):
     index = width_index(torch.tensor([gate], dtype=torch.float64), len(widths))
     assert index.dtype == torch.int64

@@ -227,8 +227,8 @@ class TestQParams:
         quantizer = quantizer_at(8, AFFINE)
         quantizer.refit(torch.rand(8))
         with torch.no_grad():
-            quantizer.base.fill_(4.0)
-            quantizer.multiplier.copy_(torch.tensor([[0.25], [0.75]]))  # from -1 to 3
+            quantizer.base.copy_(torch.tensor([[0.0], [4.0]]))
+            quantizer.multiplier.copy_(torch.tensor([[1.25], [0.75]]))  # from -1 to 3
         qparams = quantizer.qparams()
         assert float(qparams.scale) == pytest.approx(4 / 255)
         assert int(qparams.zero_point) == 64
