@@ -56,8 +56,8 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         self.read.update(id(leaf) for leaf in pytree.tree_leaves((args, kwargs or {})))
-        name = func._schema.name.partition("::")[2]
-        if name not in _MOVING and not name.startswith("sym_"):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace != "prim" and name not in _MOVING and not name.startswith("sym_"):
             self.computing.append(name)
         return func(*args, **(kwargs or {}))
 

@@ -286,12 +286,13 @@ def document(outcomes: Sequence[Outcome]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep; return 0 when enough models pass."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", default="*", help="glob over model names")
+    parser.add_argument("--models", default="*", help="globs over model names, with commas")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--output", type=Path, help="where to write the page, as Markdown")
     parser.add_argument("--json", type=Path, help="where to write the outcomes, as JSON")
     options = parser.parse_args(argv)
-    names = fnmatch.filter(model_names(), options.models)
+    globs = options.models.split(",")
+    names = [name for name in model_names() if any(fnmatch.fnmatch(name, g) for g in globs)]
     if not names:
         parser.error(f"no model matches {options.models!r}")
     outcomes = []

@@ -1,3 +1,19 @@
 """Mixed-precision quantization of PyTorch models under a hard cost budget."""
 
+from cgmq_fx import cost as cost
+from cgmq_fx.budget import Budget as Budget
+from cgmq_fx.errors import BudgetError as BudgetError
+from cgmq_fx.errors import CgmqError as CgmqError
+from cgmq_fx.errors import CostTableError as CostTableError
+from cgmq_fx.errors import PassError as PassError
+from cgmq_fx.errors import TrainingError as TrainingError
+from cgmq_fx.errors import UnsupportedModelError as UnsupportedModelError
+from cgmq_fx.errors import UsageError as UsageError
+from cgmq_fx.fit import accuracy as accuracy
+from cgmq_fx.fit import fit as fit
+from cgmq_fx.guide import attach as attach
+from cgmq_fx.lower import lower as lower
+from cgmq_fx.prepare import prepare as prepare
+from cgmq_fx.report import report as report
+
 __version__ = "0.1.0"

@@ -208,7 +208,8 @@ def _reachable(accounting: Accounting, search: _Search) -> list[int]:
 def lower_to_budget(prepared: PreparedModule) -> None:
     """Move the bit-widths that the loss needs least down until every budget is met.
 
-    Ranges are fitted anew from the samples that quantizers keep.
+    Ranges of activations are fitted anew from the samples that quantizers keep; those of weights fit
+    themselves to the weights in the next forward.
 
     Raises:
         BudgetError: no bit-widths within every budget were found.
@@ -218,5 +219,6 @@ def lower_to_budget(prepared: PreparedModule) -> None:
     if not accounting.is_satisfied(bits):
         prepared.set_bit_widths(allocate(accounting, predicted_loss(prepared), start=bits))
     for quantizer in prepared.quantizers.values():
-        if quantizer.refit_pending and quantizer.has_sample:
+        fits_itself = quantizer.spec.role == "weight"
+        if quantizer.refit_pending and quantizer.has_sample and not fits_itself:
             quantizer.refit()

@@ -3,10 +3,9 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from cgmq_fx.errors import CgmqError
 
@@ -60,15 +59,14 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-
-    def option(name: str, kind: Callable[[str], Any], default: Any, metavar: str, text: str) -> None:
+    for name, kind, default, metavar, text in (
+        ("--out", Path, Path("cgmq-fx-demo"), "DIR", "folder of the results"),
+        ("--budget", str, "0.6%", "BUDGET", "upper bound on bit operations: 0.6%%, '4 MBOP'"),
+        ("--seed", _count, 0, "N", "of the data split and of all training"),
+        ("--epochs", _positive, 20, "N", "epochs of guided training"),
+        ("--float-epochs", _positive, 15, "N", "epochs of float training"),
+    ):
         demo.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
-
-    option("--out", Path, Path("cgmq-fx-demo"), "DIR", "folder of the results")
-    option("--budget", str, "0.6%", "BUDGET", "upper bound on bit operations: 0.6%%, '4 MBOP'")
-    option("--seed", _count, 0, "N", "of the data split and of all training")
-    option("--epochs", _positive, 20, "N", "epochs of guided training")
-    option("--float-epochs", _positive, 15, "N", "epochs of float training")
     demo.set_defaults(run=_demo)
 
 

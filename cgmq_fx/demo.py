@@ -1,8 +1,7 @@
 """The main job from start to end, on a network and a data set of a few seconds."""
 
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 from cgmq_fx.demo_data import Digits, load_digits
-from cgmq_fx.errors import UsageError
+from cgmq_fx.demo_output import Phase, make_folder, print_comparison, write_results
 from cgmq_fx.fit import Epoch, FitResult, accuracy, fit
 from cgmq_fx.prepare import prepare
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.report import Report, report
+from cgmq_fx.report_files import exact_number
 
 _FLOAT_LEARNING_RATE = 2e-3
-_LOSS_DIGITS = 4
 
 
 class DigitsNet(nn.Module):
@@ -78,7 +75,7 @@ def run_demo(
     epochs: int = 20,
     console: Console | None = None,
 ) -> DemoResult:
-    """Train a float network, quantize it to `budget`, print a report and write all results to `out`.
+    """Train a float network, quantize it to `budget`, print a report, write the results to `out`.
 
     Args:
         out: a folder, made if it is missing; files of an earlier run are replaced.
@@ -90,14 +87,111 @@ def run_demo(
 
     Raises:
         BudgetError: the budget is malformed or below what the network can reach.
-        UsageError: scikit-learn is missing, or `out` cannot be written.
+        UsageError: scikit-learn is missing, or `out` cannot be a folder.
     """
     console = Console(highlight=False) if console is None else console
     started = time.perf_counter()
     digits = load_digits(seed)
-    _make_folder(out)
     torch.manual_seed(seed)
     model = DigitsNet()
-    # Before any training, so that a budget that cannot be met costs no time.
-    prepare(model, budget, example_inputs=(_some_images(digits),))
-    ...
+    # Before any training: a budget that cannot be met should cost no time.
+    prepare(model, budget, example_inputs=_images(digits))
+    make_folder(out)
+    float_history = train_float(model, digits, float_epochs, console)
+    prepared = prepare(model, budget, example_inputs=_images(digits))
+    result = _train_guided(prepared, digits, epochs, console)
+    accuracies = evaluate(model, digits.test), evaluate(result.fixed, digits.test)
+    found = report(result.fixed)
+    console.print()
+    console.print(found)
+    print_comparison(console, found, *accuracies, images=digits.num_test)
+    history = {"seed": seed, "float": float_history, "guided": _records(result)}
+    states = {"float": model.state_dict(), "lowered": result.fixed.state_dict()}
+    files = write_results(out, found, history, states)
+    seconds = time.perf_counter() - started
+    console.print(f"\n{len(files)} files in {out}/ after {seconds:.0f} s: ", end="")
+    console.print(", ".join(file.name for file in files))
+    return DemoResult(*accuracies, found, files, seconds)
+
+
+def _images(digits: Digits) -> Tensor:
+    images: Tensor = next(iter(digits.validation))[0]
+    return images
+
+
+def train_float(
+    model: nn.Module, digits: Digits, epochs: int, console: Console
+) -> list[dict[str, Any]]:
+    """Train `model` in place and return a record of each epoch."""
+    optimizer = torch.optim.Adam(model.parameters(), _FLOAT_LEARNING_RATE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    history = []
+    with Phase("float training", epochs, console) as phase:
+        for epoch in range(1, epochs + 1):
+            loss = _float_epoch(model, digits.train, optimizer)
+            scheduler.step()
+            score = evaluate(model, digits.validation)
+            phase.advance(loss, score)
+            history.append({"epoch": epoch, "train_loss": loss, "val_accuracy": score})
+    return history
+
+
+def _float_epoch(
+    model: nn.Module, batches: Iterable[Any], optimizer: torch.optim.Optimizer
+) -> float:
+    model.train()
+    losses = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Return the part of the samples whose class `model` finds, in evaluation mode."""
+    model.eval()
+    hits = torch.cat([accuracy(model(images), labels) for images, labels in batches])
+    return float(hits.mean())
+
+
+def _train_guided(
+    prepared: PreparedModule, digits: Digits, epochs: int, console: Console
+) -> FitResult:
+    limits = prepared.plan.accounting.limits
+    with Phase("guided training", epochs, console) as phase:
+
+        def show(epoch: Epoch) -> None:
+            used = {name: float(epoch.totals[name] / limit) for name, limit in limits.items()}
+            phase.advance(epoch.train_loss, epoch.val_metric or 0.0, used)
+
+        return fit(
+            prepared,
+            digits.train,
+            F.cross_entropy,
+            epochs=epochs,
+            val_loader=digits.validation,
+            metric=accuracy,
+            progress=False,
+            callback=show,
+        )
+
+
+def _records(result: FitResult) -> dict[str, Any]:
+    return {
+        "best_epoch": result.best_epoch,
+        "epochs": [
+            {
+                "epoch": epoch.epoch,
+                "train_loss": epoch.train_loss,
+                "val_accuracy": epoch.val_metric,
+                "satisfied": epoch.satisfied,
+                "totals": {name: exact_number(total) for name, total in epoch.totals.items()},
+                "bit_widths": epoch.bit_widths,
+            }
+            for epoch in result.history
+        ],
+    }

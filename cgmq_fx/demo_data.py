@@ -17,11 +17,19 @@ _EVALUATION_BATCH = 512
 
 @dataclass(frozen=True)
 class Digits:
-    """Loaders of the three parts; images are ``(batch, 1, 8, 8)`` in [0, 1]."""
+    """Loaders of the three parts; images are ``(batch, 1, 8, 8)`` in [0, 1].
+
+    Attributes:
+        train: shuffled anew in every epoch.
+        validation: for the choice of the best epoch.
+        test: for the accuracies that are reported.
+        num_test: how many images the test has.
+    """
 
     train: DataLoader[tuple[Tensor, ...]]
     validation: DataLoader[tuple[Tensor, ...]]
     test: DataLoader[tuple[Tensor, ...]]
+    num_test: int
 
 
 def load_digits(seed: int) -> Digits:
@@ -43,11 +51,12 @@ def load_digits(seed: int) -> Digits:
     count = len(labels)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     test, validation = round(count * TEST_SHARE), round(count * VALIDATION_SHARE)
-    parts = order.split([test, validation, count - test - validation])
+    parts = torch.split(order, [test, validation, count - test - validation])
     fixed = [TensorDataset(images[part], labels[part]) for part in parts]
     shuffle = torch.Generator().manual_seed(seed)
     return Digits(
         train=DataLoader(fixed[2], _BATCH, shuffle=True, generator=shuffle),
         validation=DataLoader(fixed[1], _EVALUATION_BATCH),
         test=DataLoader(fixed[0], _EVALUATION_BATCH),
+        num_test=test,
     )

@@ -21,6 +21,7 @@ from cgmq_fx.passes.annotate_nonnegative import AnnotateNonnegative
 from cgmq_fx.passes.annotate_operations import AnnotateOperations
 from cgmq_fx.passes.annotate_shapes import AnnotateShapes
 from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.freeze_bit_widths import FROZEN
 from cgmq_fx.passes.functionalize import Functionalize
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS, InsertQuantizers
 from cgmq_fx.passes.pipeline import Pipeline
@@ -81,7 +82,7 @@ def prepare(
     settings = _settings(budget, cost_table, widths, learn_input_bits, per_channel, batch_axis)
     twin = _copy(model)
     inputs = None if example_inputs is None else _bound_inputs(twin, example_inputs)
-    gm = trace(twin, inputs, batch_axis, reserved=(QUANTIZERS, PLAN))
+    gm = trace(twin, inputs, batch_axis, reserved=(QUANTIZERS, FROZEN, PLAN))
     Pipeline(_passes(settings, inputs)).run(gm)
     if not hasattr(gm, QUANTIZERS):
         gm.add_module(QUANTIZERS, QuantizerSet())

@@ -127,7 +127,12 @@ class _Reporter:
 
     def _budget_share(self, cost: Mapping[str, Fraction]) -> dict[str, Fraction]:
         limits = self.accounting.limits
-        return {name: cost[name] / limits[name] for name in limits if name in cost}
+        # A bound of nothing is a share of nothing: no row costs anything then.
+        return {
+            name: cost[name] / limit if limit else Fraction(0)
+            for name, limit in limits.items()
+            if name in cost
+        }
 
     def tensors(self) -> tuple[TensorRow, ...]:
         """Return a row for each stored tensor, if some resource counts them."""

@@ -27,6 +27,8 @@ TEXT_WIDTH = 110
 #: Kinds of calls that a coverage line names before it says "and n more".
 _MAX_KINDS = 8
 _FLOAT_BITS = 32
+#: Digits of a total in the tables.
+_DIGITS = 5
 # Only characters that every log and every code page can hold.
 _BOX = Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 
@@ -81,13 +83,16 @@ class _Amounts:
         return format_amount(self.resource.total, self.resource.unit).rpartition(" ")[2]
 
     def amount(self, cost: Fraction) -> str:
-        return _decimals(convert(cost, self.resource.unit, self.unit), 3)
+        """Return `cost` with as many decimals as give the total `_DIGITS` digits."""
+        total = convert(self.resource.total, self.resource.unit, self.unit)
+        decimals = max(0, _DIGITS - len(str(int(total))))
+        return _decimals(convert(cost, self.resource.unit, self.unit), decimals)
 
     def cells(self, cost: Fraction) -> list[str]:
         """Return the cells of one row: amount, part of the total, part of the budget if any."""
-        total, budget = self.resource.total, self.resource.budget
-        cells = [self.amount(cost), _percent(cost / total) if total else "-"]
-        return cells if budget is None else [*cells, _percent(cost / budget)]
+        cells = [self.amount(cost), _share(cost, self.resource.total)]
+        budget = self.resource.budget
+        return cells if budget is None else [*cells, _share(cost, budget)]
 
     def add_columns(self, table: Table) -> None:
         heads = [f"{self.resource.name}\n{self.unit}", "of the\ntotal", "of the\nbudget"]
@@ -96,7 +101,7 @@ class _Amounts:
 
 
 def _operations(contents: ReportContents) -> Table:
-    rows = [row for row in contents.rows if row.macs or any(row.cost.values())]
+    rows = [row for row in contents.rows if row.status != "free"]
     columns = [_Amounts(item) for item in contents.resources if _is_in(item, contents.rows)]
     table = _table("operation", "class")
     table.add_column("MACs", justify="right", no_wrap=True)
@@ -173,11 +178,11 @@ def _verdict(item: ResourceSummary) -> Text:
     asked = f" ({item.budget_text})" if item.budget_text not in ("", budget) else ""
     text = Text(f"{total} of {budget}{asked}: ")
     if item.is_satisfied:
-        spare = _percent((item.budget - item.total) / item.budget)
+        spare = _share(item.budget - item.total, item.budget)
         return text.append("within budget", style="bold green").append(f", {spare} of it unused")
     excess = item.total - item.budget
     over = f"OVER BUDGET by {format_amount(excess, item.unit, 4)}"
-    return text.append(over, style="bold red").append(f", {_percent(excess / item.budget)} of it")
+    return text.append(over, style="bold red").append(f", {_share(excess, item.budget)} of it")
 
 
 def _relative(item: ResourceSummary) -> Text:
@@ -241,6 +246,10 @@ def _footer(resources: Sequence[ResourceSummary]) -> RenderableType:
 # -- numbers ---------------------------------------------------------------------------------------
 
 
+def _share(part: Fraction, whole: Fraction) -> str:
+    return _percent(part / whole) if whole else "-"
+
+
 def _percent(part: Fraction) -> str:
     return f"{_decimals(100 * part, 1 if part < 10 else 0)} %"
 
@@ -250,4 +259,6 @@ def _decimals(number: Fraction, digits: int) -> str:
     smallest = Fraction(1, 10**digits)
     if 0 < number < smallest:
         return f"<{float(smallest):.{digits}f}"
+    if number == 0:
+        return "0"
     return f"{float(number):,.{digits}f}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cgmq_fx.passes.base import GraphPass
-from cgmq_fx.passes.deployed import mutators
+from cgmq_fx.passes.deployed import written_nodes
 from cgmq_fx.passes.meta import IS_NONNEGATIVE, OP_INFO, MetaKey
 
 _PRODUCES = frozenset(
@@ -48,13 +48,14 @@ class AnnotateNonnegative(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Annotate `gm`; see `GraphPass.run`."""
+        written = written_nodes(gm.graph)
         for node in gm.graph.nodes:
-            IS_NONNEGATIVE.set(node, _is_nonnegative(gm, node))
+            IS_NONNEGATIVE.set(node, node not in written and _is_nonnegative(gm, node))
         return False
 
 
 def _is_nonnegative(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op in ("placeholder", "get_attr", "output") or mutators(node):
+    if node.op in ("placeholder", "get_attr", "output"):
         return False
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))

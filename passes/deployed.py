@@ -1,72 +1,176 @@
 """Which nodes of a graph an inference needs."""
 
+import inspect
 import operator
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 from torch import fx
 
 from cgmq_fx.passes.guards import select_mode
+from cgmq_fx.passes.op_classes import class_of_function, class_of_method, class_of_module
 
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in (
-        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem",
-    )
+# Operators that change their first operand.
+_IN_PLACE = frozenset(
+    {
+        operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+        operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem,
+    }
 )  # fmt: skip
+# Classes whose results, unless they are made in place, share no memory with what they read.
+_ALLOCATING = frozenset(
+    {
+        "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+        "linear", "bilinear", "matmul", "attention", "embedding", "add", "sub", "mul", "div", "cat",
+        "max_pool", "avg_pool", "activation", "softmax", "batch_norm", "layer_norm", "group_norm",
+        "rms_norm", "elementwise",
+    }
+)  # fmt: skip
+_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE)
+_QUESTION_METHODS = frozenset({"size", "dim", "numel", "shape"})
 
 
 def deployed_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Return the nodes that the output depends on in evaluation mode.
+    """Return the nodes that an inference needs.
 
-    A branch that only training takes (an auxiliary classifier) is not among them: it is neither
-    quantized nor priced, and lowering removes it. A node that changes a tensor in place is needed by
-    every later reader of that tensor.
+    These are what the output depends on in evaluation mode, what writes into a tensor among those,
+    and guards that ask about nothing else. A branch that only training takes (an auxiliary
+    classifier) is not among them: it is neither quantized nor priced, and lowering removes it.
     """
-    order = {node: index for index, node in enumerate(graph.nodes)}
     needed: set[fx.Node] = set()
-    open_nodes = [node for node in graph.nodes if _is_root(node)]
+    _add(needed, (node for node in graph.nodes if node.op == "output"))
+    waiting = {
+        node: _storage(node) if is_write(node) else None
+        for node in graph.nodes
+        if node.op not in ("placeholder", "output") and (is_write(node) or node.is_impure())
+    }
+    found = True
+    while found:
+        found = False
+        for node, storage in list(waiting.items()):
+            if node in needed:
+                del waiting[node]
+            elif _can_answer(node, needed) if storage is None else _is_seen(storage, needed):
+                del waiting[node]
+                _add(needed, [node])
+                found = True
+    return frozenset(needed)
+
+
+def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes whose tensors may change after they were computed."""
+    return frozenset(seen for node in graph.nodes if is_write(node) for seen in _storage(node))
+
+
+def is_write(node: fx.Node) -> bool:
+    """Tell whether `node` changes its first operand in place."""
+    match node.op:
+        case "call_function":
+            name = getattr(node.target, "__name__", "")
+            return node.target in _IN_PLACE or _ends_in_place(name) or _is_asked_in_place(node)
+        case "call_method":
+            name = str(node.target)
+            return _ends_in_place(name) or name in _IN_PLACE_METHODS
+        case "call_module":
+            return bool(getattr(_module_of(node), "inplace", False))
+        case _:
+            return False
+
+
+def _add(needed: set[fx.Node], nodes: Iterable[fx.Node]) -> None:
+    """Add `nodes` and all that they depend on in evaluation mode."""
+    open_nodes = list(nodes)
     while open_nodes:
         node = open_nodes.pop()
         if node in needed:
             continue
         needed.add(node)
-        inputs = _nodes_in(node.args[2]) if node.target is select_mode else node.all_input_nodes
-        for tensor in inputs:
-            open_nodes.append(tensor)
-            open_nodes.extend(m for m in mutators(tensor) if order[m] < order[node])
-    return frozenset(needed)
+        if node.target is select_mode:
+            open_nodes.extend(_nodes_in(node.args[2]))
+        else:
+            open_nodes.extend(node.all_input_nodes)
 
 
-def mutators(tensor: fx.Node) -> list[fx.Node]:
-    """Return the nodes that change `tensor` in place."""
-    return [user for user in tensor.users if _changes(user) is tensor]
-
-
-def _is_root(node: fx.Node) -> bool:
-    return node.op == "output" or node.is_impure() or (_changes(node) is not None and not node.users)
-
-
-def _changes(node: fx.Node) -> fx.Node | None:
-    """Return the tensor that `node` changes in place, or None."""
-    tensor = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(tensor, fx.Node):
-        return None
-    if node.op == "call_method":
-        name = str(node.target)
-        changes = name.endswith("_") and not name.endswith("__")
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = node.target in _IN_PLACE_OPERATORS or name.endswith("_")
-        changes = in_place or node.kwargs.get("inplace") is True
-    elif node.op == "call_module":
-        owner = node.graph.owning_module
-        module_ = None if owner is None else owner.get_submodule(str(node.target))
-        changes = getattr(module_, "inplace", False) is True
-    else:
-        changes = False
-    return tensor if changes else None
-
-
-def _nodes_in(value: object) -> list[fx.Node]:
+def _nodes_in(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)  # type: ignore[arg-type]
+    fx.node.map_arg(value, found.append)
     return found
+
+
+def _is_seen(storage: Iterable[fx.Node], needed: set[fx.Node]) -> bool:
+    """Tell whether a write to `storage` shows in what is needed, or outside of the graph."""
+    return any(node in needed or node.op in ("placeholder", "get_attr") for node in storage)
+
+
+def _can_answer(guard: fx.Node, needed: set[fx.Node]) -> bool:
+    """Tell whether `guard` asks about nothing but inputs and tensors that are needed anyway."""
+    open_nodes = list(guard.all_input_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in needed or node.op in ("placeholder", "get_attr"):
+            continue
+        if not _is_question(node):
+            return False
+        open_nodes.extend(node.all_input_nodes)
+    return True
+
+
+def _is_question(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _QUESTION_METHODS
+    module = getattr(node.target, "__module__", None)
+    return node.op == "call_function" and module in ("builtins", "_operator", "math")
+
+
+def _storage(write: fx.Node) -> frozenset[fx.Node]:
+    """Return the nodes whose tensors may share memory with what `write` writes to."""
+    found: set[fx.Node] = set()
+    open_nodes = write.all_input_nodes[:1]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if is_write(node) or _op_class(node) not in _ALLOCATING:
+            open_nodes.extend(node.all_input_nodes)
+    return frozenset(found)
+
+
+def _op_class(node: fx.Node) -> str:
+    match node.op:
+        case "call_function":
+            assert callable(node.target)
+            return class_of_function(node.target)
+        case "call_method":
+            return class_of_method(str(node.target))
+        case "call_module":
+            return class_of_module(_module_of(node))
+        case _:
+            return "other"
+
+
+def _module_of(node: fx.Node) -> Any:
+    owner = node.graph.owning_module
+    assert owner is not None
+    return owner.get_submodule(str(node.target))
+
+
+def _ends_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _is_asked_in_place(node: fx.Node) -> bool:
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    position = _inplace_position(node.target)
+    return position is not None and position < len(node.args) and bool(node.args[position])
+
+
+@cache
+def _inplace_position(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return None
+    return names.index("inplace") if "inplace" in names else None

@@ -11,7 +11,7 @@ from cgmq_fx.attention import AttentionQuantizer
 from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass
-from cgmq_fx.passes.deployed import deployed_nodes, mutators
+from cgmq_fx.passes.deployed import deployed_nodes, written_nodes
 from cgmq_fx.passes.meta import (
     COUNTED_MACS,
     IS_CONSTANT,
@@ -80,6 +80,7 @@ class InsertQuantizers(GraphPass):
             gm.add_module(QUANTIZERS, QuantizerSet())
         quantizers = gm.get_submodule(QUANTIZERS)
         assert isinstance(quantizers, QuantizerSet)
+        written = written_nodes(gm.graph)
         for site, uses in readers.items():
             spec = self._spec(gm, uses)
             quantizer = Quantizer(spec, site)
@@ -87,7 +88,7 @@ class InsertQuantizers(GraphPass):
             if not spec.learned:
                 quantizer.set_bit_width(spec.widths[0])
             quantizers.add(site, quantizer)
-            _insert(gm, site, uses)
+            _insert(gm, site, uses, written)
         for node in attentions:
             self._replace_attention(gm, quantizers, node)
         return True
@@ -178,13 +179,18 @@ def _weight_shape(gm: fx.GraphModule, tensor: fx.Node) -> torch.Size | None:
     return weight.shape if isinstance(weight, torch.Tensor) else None
 
 
-def _insert(gm: fx.GraphModule, site: str, uses: list[tuple[fx.Node, OperandRef]]) -> None:
+def _insert(
+    gm: fx.GraphModule,
+    site: str,
+    uses: list[tuple[fx.Node, OperandRef]],
+    written: frozenset[fx.Node],
+) -> None:
     """Insert one call for each distinct tensor of the site; tied weights are quantized once."""
     quantized: dict[object, fx.Node] = {}
     for node, ref in uses:
         tensor = _tensor(node, ref)
         key: object = site if tensor.op == "get_attr" else tensor
-        if mutators(tensor):
+        if tensor in written:
             key = node  # it may hold other values at each of its readers
         if key not in quantized:
             with gm.graph.inserting_before(node):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cgmq_fx.attention import AttentionQuantizer
+from cgmq_fx.frozen import FrozenAttention, FrozenQuantizer, FrozenWeight
 from cgmq_fx.passes.functionalize import find_output_padding, make_tuple
 from cgmq_fx.passes.guards import TrainingMode, check_same, select_mode
 from cgmq_fx.passes.multi_head_attention import merge_masks
@@ -119,11 +120,12 @@ _MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
     ),
     "interpolate": (nn.Upsample,),
     "rnn": (nn.RNNBase, nn.RNNCellBase),
-    "attention": (AttentionQuantizer,),
+    "attention": (AttentionQuantizer, FrozenAttention),
     REARRANGING: (
         nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
         nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.modules.padding._ConstantPadNd, nn.Unfold, nn.Fold,
         nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd, TrainingMode, Quantizer,
+        FrozenWeight, FrozenQuantizer,
     ),
 }  # fmt: skip
 

@@ -119,6 +119,16 @@ def test_ties_round_to_even_before_the_zero_point_is_added(scheme):
     assert int(quantizer.qparams().zero_point) == (3 if scheme == "affine" else 0)
 
 
+def test_values_are_divided_by_the_scale_not_multiplied_by_its_inverse():
+    quantizer = Quantizer(QuantizerSpec("activation", "unsigned", widths=(8,)))
+    quantizer.calibrate(torch.tensor([0.1]))
+    scale = quantizer.qparams().scale
+    x = (torch.arange(255) + 0.5) * scale
+    divided, multiplied = (x / scale).round(), (x * (1 / scale)).round()
+    assert not torch.equal(divided, multiplied)
+    assert torch.equal(quantizer.quantize(x), divided.int())
+
+
 @given(cases())
 def test_zero_is_exact(case):
     assert not case.quantizer(torch.zeros_like(case.x)).any()
