@@ -58,7 +58,9 @@ def run(case: Case, seed: int, arguments: argparse.Namespace) -> Run:
     command += ["--learn-input-bits"] if case.learn_input_bits else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     started = time.monotonic()
-    text = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    text = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     return Run(
         case,
         seed,
@@ -95,7 +97,9 @@ def table(runs: list[Run], arguments: argparse.Namespace) -> str:
     for case in CASES:
         accuracies = [r.fixed_accuracy for r in runs if r.case == case]
         if accuracies:
-            met = all(r.relative_bops <= float(case.budget.rstrip("%")) for r in runs if r.case == case)
+            met = all(
+                r.relative_bops <= float(case.budget.rstrip("%")) for r in runs if r.case == case
+            )
             lines += [
                 "",
                 f"**{case}**: mean {statistics.mean(accuracies):.3f} %, from {min(accuracies):.2f} to "

@@ -24,7 +24,7 @@ from cgmq_fx.quantizers import Quantizer
 # What moves, makes or describes tensors and computes nothing.
 _MOVING = frozenset(
     "_reshape_alias _to_copy _unsafe_view alias arange as_strided cat chunk clone constant_pad_nd "
-    "contiguous copy_ detach empty expand full full_like index_select lift_fresh lift_fresh_copy "
+    "contiguous copy_ detach empty expand full full_like index index_select lift_fresh lift_fresh_copy "
     "new_empty new_full new_ones new_zeros ones ones_like permute roll scalar_tensor select slice "
     "split split_with_sizes squeeze stack sym_size t transpose unbind unsqueeze unfold view zeros "
     "zeros_like fill_ flip slice_scatter select_scatter is_same_size repeat eye".split()
@@ -37,7 +37,8 @@ class FloatCount:
 
     Attributes:
         macs: multiply-accumulates, half of what `torch.utils.flop_counter` says.
-        parameters: elements of each parameter that the run reads, by its first name.
+        parameters: elements of each parameter that the run reads, by its first name; also of each
+            constant table, a floating buffer that is no running statistic of a normalisation.
     """
 
     macs: int
@@ -95,9 +96,14 @@ def count_float(model: nn.Module, inputs: tuple[Any, ...]) -> FloatCount:
     watch, counter = _Watch(), FlopCounterMode(display=False)
     with torch.no_grad():
         state = run_fake(model, inputs, counter, watch)
+    tables = [
+        (name, buffer)
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and "running_" not in name
+    ]
     read = {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
+        name: tensor.numel()
+        for name, tensor in [*model.named_parameters(), *tables]
         if id(state[name]) in watch.read
     }
     return FloatCount(counter.get_total_flops() // 2, read)

@@ -275,7 +275,8 @@ def _expected(
     memory = 0
     narrow = {id(tensor): site for site, tensor in weight_quantizers(prepared)}
     for name, numel in counted.parameters.items():
-        site = narrow.get(id(prepared.get_parameter(name)))
+        owner, _, leaf = name.rpartition(".")
+        site = narrow.get(id(getattr(prepared.get_submodule(owner), leaf)))
         memory += numel * (_FLOAT_BITS if site is None else width_of[site])
     return {"bops": Fraction(bops), "weight_memory": Fraction(memory, 8)}
 
@@ -295,8 +296,8 @@ def _fall_faults(accounting: Accounting, bits: list[int], draw: random.Random) -
 # -- 6: one quantizer for one parameter ------------------------------------------------------------
 
 
-def weight_quantizers(prepared: PreparedModule) -> list[tuple[str, nn.Parameter]]:
-    """Return the sites of weights, each with the parameter that it reads."""
+def weight_quantizers(prepared: PreparedModule) -> list[tuple[str, Tensor]]:
+    """Return the sites of weights, each with the parameter or table that it reads."""
     found = []
     for node in prepared.graph.nodes:
         if not _is_quantizer(prepared, node) or not node.args:

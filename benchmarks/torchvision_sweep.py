@@ -50,7 +50,7 @@ from sweep_models import build, model_names, random_input, smallest_input  # noq
 from torch import Tensor, nn  # noqa: E402
 from torchvision_shim import torchvision  # noqa: E402
 
-from cgmq_fx.errors import CgmqError, UnsupportedModelError  # noqa: E402
+from cgmq_fx.errors import BudgetError, CgmqError, UnsupportedModelError  # noqa: E402
 from cgmq_fx.prepare import prepare  # noqa: E402
 from cgmq_fx.prepared import PreparedModule  # noqa: E402
 
@@ -175,7 +175,9 @@ def _check_first_batch(outcome: Outcome, model: nn.Module, one: Tensor, two: Ten
     """Prepare without inputs: the first batch brings the shapes."""
     try:
         prepared = prepare(model, BUDGET)
-    except UnsupportedModelError:
+        prepared.eval()(one)
+    except (BudgetError, UnsupportedModelError):
+        # A branch that shapes decide: it stops the trace, or a function with it stays in float.
         outcome.first_batch = "needs inputs"
         return
     outcome.first_batch = "yes"

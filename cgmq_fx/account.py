@@ -17,7 +17,7 @@ from cgmq_fx.passes.annotate_shapes import AnnotateShapes
 from cgmq_fx.passes.annotate_work import AnnotateWork, first_tensor
 from cgmq_fx.passes.deployed import deployed_nodes
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS
-from cgmq_fx.passes.meta import OP_INFO, PRICES, VALUE, WORK, OpInfo
+from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, PRICES, VALUE, WORK, OpInfo
 from cgmq_fx.passes.pipeline import Pipeline
 from cgmq_fx.passes.price_operations import PriceOperations
 from cgmq_fx.passes.share_quantizers import is_quantizer
@@ -180,9 +180,7 @@ class _Accountant:
         for node in self.gm.graph.nodes:
             if node not in self.deployed or is_quantizer(self.gm, node):
                 continue
-            if node.op == "get_attr" and any(
-                not is_quantizer(self.gm, user) for user in node.users
-            ):
+            if node.op == "get_attr" and self._is_read_in_float(node):
                 parameter = find_attribute(self.gm, str(node.target))
                 if parameter.requires_grad or parameter.is_floating_point():
                     found[id(parameter)] = parameter.numel()
@@ -190,6 +188,15 @@ class _Accountant:
                 for parameter in self.gm.get_submodule(str(node.target)).parameters():
                     found[id(parameter)] = parameter.numel()
         return found
+
+    def _is_read_in_float(self, node: fx.Node) -> bool:
+        """Tell whether more than quantizers, and what is computed for them alone, read `node`."""
+        readers = [user for user in node.users if user in self.deployed]
+        return any(
+            not IS_CONSTANT.get(user) or self._is_read_in_float(user)
+            for user in readers
+            if not is_quantizer(self.gm, user) and VALUE.get(user) is not None
+        )
 
     # -- coverage --------------------------------------------------------------------------------
 

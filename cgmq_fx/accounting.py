@@ -1,5 +1,6 @@
 """What a prepared network costs at any choice of bit-widths, exactly, and what bounds it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -110,6 +111,32 @@ class Accounting:
         """Return the lowest allowed bit-width of every site."""
         return tuple(site.allowed[0] for site in self.sites)
 
+    def reachable_bits(
+        self, limits: Mapping[str, Fraction], ceiling: Sequence[int]
+    ) -> tuple[int, ...] | None:
+        """Return bit-widths within every limit that no site exceeds, or None where none were found.
+
+        With costs that rise with the bits, or with one limit, some are found if there are any. Else
+        the lowest are tried, and those at which each limited resource alone costs least.
+
+        Args:
+            limits: bounds by resource.
+            ceiling: the widest bit-width of each site.
+        """
+        allowed = [
+            tuple(bits for bits in site.allowed if bits <= top)
+            for site, top in zip(self.sites, ceiling, strict=True)
+        ]
+        cheapest = (self._cheapest(name, allowed) for name in limits)
+        for bits in itertools.chain([self.lowest_bits()], cheapest):
+            index = self.index(bits)
+            if all(self.resources[name].total(index) <= limits[name] for name in limits):
+                return bits
+        return None
+
+    def _cheapest(self, name: str, allowed: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(self.widths[i] for i in self.resources[name].lowest(allowed).width_index)
+
     def check_feasible(self) -> None:
         """Refuse budgets that no allowed choice of bit-widths meets.
 
@@ -118,17 +145,17 @@ class Accounting:
                 smallest feasible figure.
         """
         allowed = [site.allowed for site in self.sites]
-        faults = []
-        for name, limit in self.limits.items():
-            floor = self.resources[name].floor(allowed)
-            if floor > limit:
-                faults.append(self._infeasible(name, limit, floor))
-        lowest = self.lowest_bits()
-        if not faults and not self.is_satisfied(lowest):
-            over = ", ".join(sorted(self.violations(lowest)))
+        faults = [
+            self._infeasible(name, limit, floor)
+            for name, limit in self.limits.items()
+            if (floor := self.resources[name].floor(allowed)) > limit
+        ]
+        ceiling = [choices[-1] for choices in allowed]
+        if not faults and self.reachable_bits(self.limits, ceiling) is None:
+            over = ", ".join(sorted(self.violations(self.lowest_bits())))
             faults.append(
-                f"each budget can be met alone, but not all at once: the lowest bit-widths exceed {over}; "
-                f"raise one of these budgets"
+                f"each budget can be met alone, but no bit-widths were found that meet all at once: "
+                f"the lowest exceed {over}; raise one of these budgets"
             )
         if faults:
             raise BudgetError("\n".join(faults))
@@ -136,23 +163,24 @@ class Accounting:
     def _infeasible(self, name: str, limit: Fraction, floor: Fraction) -> str:
         resource = self.resources[name]
         share = 100 * floor / resource.reference if resource.reference else Fraction(0)
-        costs = resource.costs(self.index(self.lowest_bits()))
+        bits = self._cheapest(name, [site.allowed for site in self.sites])
+        costs = resource.costs(self.index(bits))
         makers = sorted(zip(costs, resource.terms, strict=True), key=lambda pair: -pair[0])[:5]
         listed = "; ".join(
-            f"{term.name} ({_percent(cost, floor)} of the floor{self._bits_text(term.sites)})"
+            f"{term.name} ({_percent(cost, floor)} of the floor{self._bits_text(term.sites, bits)})"
             for cost, term in makers
             if cost
         )
         return (
             f"budget {name} = {format_amount(limit, resource.unit, 6)} is below the floor "
             f"{format_amount(floor, resource.unit, 6)} ({float(share):.4f} % of the reference), "
-            f"which every operation at its lowest bit-width costs. The floor is made by: {listed}. "
+            f"the least that the allowed bit-widths cost. The floor is made by: {listed}. "
             f"Ways out: a budget of at least {_ceil_percent(share)} %{self._unlocks()}."
         )
 
-    def _bits_text(self, sites: Sequence[int | None]) -> str:
+    def _bits_text(self, sites: Sequence[int | None], bits: Sequence[int]) -> str:
         parts = [
-            f"{self.sites[site].name} at {self.sites[site].allowed[0]} bits"
+            f"{self.sites[site].name} at {bits[site]} bits"
             for site in dict.fromkeys(sites)
             if site is not None
         ]

@@ -98,8 +98,13 @@ def _whole(text: str, least: int) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    import torch
+
     from cgmq_fx.demo import run_demo
 
+    # More threads only wait for each other in so small a network; with one, equal seeds give equal
+    # results on every machine of a kind.
+    torch.set_num_threads(1)
     run_demo(
         arguments.out,
         budget=arguments.budget,

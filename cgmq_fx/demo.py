@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cgmq_fx.demo_data import Digits, load_digits
-from cgmq_fx.demo_output import Phase, make_folder, print_comparison, write_results
+from cgmq_fx.demo_output import Phase, make_folder, print_comparison, print_task, write_results
 from cgmq_fx.fit import Epoch, FitResult, accuracy, fit
 from cgmq_fx.prepare import prepare
 from cgmq_fx.prepared import PreparedModule
@@ -23,28 +23,38 @@ _FLOAT_LEARNING_RATE = 2e-3
 
 
 class DigitsNet(nn.Module):
-    """Three convolutions with batch norm and a linear layer, for images ``(batch, 1, 8, 8)``.
+    """Four convolutions with batch norm and a linear layer, for images ``(batch, 1, 8, 8)``.
 
-    Its first layer, which reads the image at 8 bits whatever the budget, does 1.5 % of the MACs.
+    Its first layer, which reads the image at 8 bits whatever the budget, does 1.6 % of the MACs.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(32)
-        self.conv3 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
-        self.norm3 = nn.BatchNorm2d(64)
-        self.classifier = nn.Linear(256, 10)
+        self.stem = ConvNorm(1, 16)
+        self.wide = ConvNorm(16, 24)
+        self.middle = ConvNorm(24, 32)
+        self.deep = ConvNorm(32, 48)
+        self.classifier = nn.Linear(48 * 2 * 2, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``(batch, 10)``."""
-        features = F.relu(self.norm1(self.conv1(images)))
-        features = F.max_pool2d(F.relu(self.norm2(self.conv2(features))), 2)
-        features = F.max_pool2d(F.relu(self.norm3(self.conv3(features))), 2)
+        features = F.max_pool2d(self.wide(self.stem(images)), 2)
+        features = F.max_pool2d(self.deep(self.middle(features)), 2)
         logits: Tensor = self.classifier(features.flatten(1))
         return logits
+
+
+class ConvNorm(nn.Module):
+    """A 3 x 3 convolution that keeps the image's size, batch norm and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features ``(batch, out_channels, height, width)``, not negative."""
+        return F.relu(self.norm(self.conv(images)))
 
 
 @dataclass(frozen=True)
@@ -95,13 +105,15 @@ def run_demo(
     torch.manual_seed(seed)
     model = DigitsNet()
     # Before any training: a budget that cannot be met should cost no time.
-    prepare(model, budget, example_inputs=_images(digits))
+    print_task(console, prepare(model, budget, example_inputs=_images(digits)))
     make_folder(out)
     float_history = train_float(model, digits, float_epochs, console)
     prepared = prepare(model, budget, example_inputs=_images(digits))
     result = _train_guided(prepared, digits, epochs, console)
     accuracies = evaluate(model, digits.test), evaluate(result.fixed, digits.test)
     found = report(result.fixed)
+    if result.interrupted:
+        console.print("interrupted; what follows is the best state so far")
     console.print()
     console.print(found)
     print_comparison(console, found, *accuracies, images=digits.num_test)
@@ -109,8 +121,7 @@ def run_demo(
     states = {"float": model.state_dict(), "lowered": result.fixed.state_dict()}
     files = write_results(out, found, history, states)
     seconds = time.perf_counter() - started
-    console.print(f"\n{len(files)} files in {out}/ after {seconds:.0f} s: ", end="")
-    console.print(", ".join(file.name for file in files))
+    console.print(f"\n{seconds:.0f} s; results in {out}/:", ", ".join(file.name for file in files))
     return DemoResult(*accuracies, found, files, seconds)
 
 
@@ -161,11 +172,11 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> float:
 def _train_guided(
     prepared: PreparedModule, digits: Digits, epochs: int, console: Console
 ) -> FitResult:
-    limits = prepared.plan.accounting.limits
+    ((resource, limit),) = prepared.plan.accounting.limits.items()
     with Phase("guided training", epochs, console) as phase:
 
         def show(epoch: Epoch) -> None:
-            used = {name: float(epoch.totals[name] / limit) for name, limit in limits.items()}
+            used = float(epoch.totals[resource] / limit)
             phase.advance(epoch.train_loss, epoch.val_metric or 0.0, used)
 
         return fit(

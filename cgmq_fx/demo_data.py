@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from cgmq_fx.errors import UsageError
 
 #: Parts of the data set for validation and for the test; the rest trains.
-VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
+VALIDATION_SHARE, TEST_SHARE = 0.2, 0.2
 _LARGEST_PIXEL = 16
 _BATCH = 64
 _EVALUATION_BATCH = 512

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from cgmq_fx.errors import UsageError
+from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.report import Report
 from cgmq_fx.units import format_amount
 
@@ -23,10 +24,9 @@ class Phase:
         self._name, self._epochs, self._console = name, epochs, console
         self._epoch = 0
         self._bar = Progress(
-            TextColumn("[bold]{task.description:<16}"),
-            BarColumn(bar_width=20),
+            TextColumn("[bold]{task.description:<15}"),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TextColumn("{task.fields[state]}"),
             console=console,
             disable=not console.is_terminal,
@@ -45,22 +45,41 @@ class Phase:
     ) -> None:
         self._bar.stop()
 
-    def advance(
-        self, loss: float, accuracy: float, budget_share: Mapping[str, float] | None = None
-    ) -> None:
+    def advance(self, loss: float, accuracy: float, budget_share: float | None = None) -> None:
         """Show that an epoch is over.
 
         Args:
             loss: mean training loss of the epoch.
             accuracy: on the validation images, in [0, 1].
-            budget_share: the cost as a part of each budget, by resource.
+            budget_share: the cost as a part of the budget; None where there is none.
         """
         self._epoch += 1
-        costs = [f"{name} {share:.0%} of budget" for name, share in (budget_share or {}).items()]
-        state = "  ".join([f"loss {loss:.3f}", f"validation {accuracy:.1%}", *costs])
+        state = f"loss {loss:.3f}  val {100 * accuracy:5.1f} %"
+        if budget_share is not None:
+            state += f"  {100 * budget_share:,.0f} % of budget"
         self._bar.update(self._task, advance=1, state=state)
         if not self._console.is_terminal:
             self._console.print(f"{self._name} {self._epoch}/{self._epochs}  {state}")
+
+
+def print_task(console: Console, prepared: PreparedModule) -> None:
+    """Print what is to be quantized to which budget, and how low it could go."""
+    accounting = prepared.plan.accounting
+    ((name, limit),) = accounting.limits.items()
+    resource = accounting.resources[name]
+    floor = resource.floor([site.allowed for site in accounting.sites])
+    macs = sum(bound.operation.macs for bound in accounting.operations)
+    console.print(f"{type(prepared).__name__}: {macs:,} MACs for an image of 8 x 8 pixels")
+    lines = Table.grid(padding=(0, 2))
+    for label, amount in (
+        ("  at 32 bits", resource.reference),
+        ("  budget", limit),
+        ("  at the lowest bit-widths", floor),
+    ):
+        share = f"{float(100 * amount / resource.reference):.4g} %"
+        lines.add_row(label, format_amount(amount, resource.unit), share)
+    console.print(lines)
+    console.print()
 
 
 def print_comparison(
@@ -69,14 +88,17 @@ def print_comparison(
     """Print the float and the quantized network side by side."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column(f"on {images} test images")
-    for head in ("accuracy", "cost", "of the 32-bit reference"):
+    for head in ("accuracy", "bit-widths", "bit operations", "of 32 bits"):
         table.add_column(head, justify="right")
-    for item in report.resources:
-        full = format_amount(item.reference, item.unit)
-        table.add_row("float", f"{float_accuracy:.2%}", full, "100 %")
-        cost = format_amount(item.total, item.unit)
-        share = f"{float(100 * item.total / item.reference):.4f} %"
-        table.add_row("quantized", f"{accuracy:.2%}", cost, share)
+    (bops,) = report.resources
+    widths = ", ".join(map(str, sorted({width for row in report.rows for width in row.bits})))
+    for name, score, bits, cost in (
+        ("float", float_accuracy, "32", bops.reference),
+        ("quantized", accuracy, widths, bops.total),
+    ):
+        share = f"{float(100 * cost / bops.reference):.5g} %"
+        amount = format_amount(cost, bops.unit)
+        table.add_row(name, f"{100 * score:.2f} %", bits, amount, share)
     console.print()
     console.print(table)
 

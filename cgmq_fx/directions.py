@@ -6,15 +6,17 @@ about the tensor (Constraint Guided Model Quantization, arXiv 2409.20138).
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
 from cgmq_fx.allocate import allocate
-from cgmq_fx.errors import TrainingError, UsageError
+from cgmq_fx.errors import UsageError
+from cgmq_fx.gates import bit_width_of
 from cgmq_fx.prepared import PreparedModule
-from cgmq_fx.sensitivity import MEAN, predicted_loss
+from cgmq_fx.sensitivity import mean_gradients, mean_size, predicted_loss
+from cgmq_fx.tally import Tally
 
 # A gate falls at least this much, and at most its inverse, of what the median gate does at a check.
 _SLOWEST = 0.25
@@ -39,8 +41,9 @@ class Direction(Protocol):
 class GateDirection:
     """Gates fall while a budget is exceeded and grow back while all are met.
 
-    Where growing would exceed a budget the gate stays in its band, so that a model that has met its
-    budgets once goes on meeting them.
+    A gate falls by at least `_STRIDE * _SLOWEST` at each check, so that after finitely many checks every
+    budget is met. Where growing would exceed a budget the gate stays where it is, so that a model that
+    has met its budgets once goes on meeting them.
 
     Attributes:
         falling: size of the direction while unsatisfied, from mean gradient and mean size of a tensor.
@@ -53,62 +56,57 @@ class GateDirection:
     def update(self, prepared: PreparedModule, progress: float) -> None:
         """See `Direction.update`."""
         accounting = prepared.plan.accounting
-        learned = [index for index, site in enumerate(accounting.sites) if site.learned]
-        bits = list(prepared.bit_widths.values())
+        learned = [place for place, site in enumerate(accounting.sites) if site.learned]
         if not learned:
             return
-        rule = self.growing if accounting.is_satisfied(bits) else self.falling
-        sizes = [self._size(prepared, index, rule) for index in learned]
-        if rule is self.falling:
-            self._fall(prepared, learned, sizes)
+        tally = Tally(accounting, list(prepared.bit_widths.values()))
+        means = mean_gradients(prepared)
+        rule = self.falling if tally.exceeded else self.growing
+        sizes = {
+            place: rule(means[place], mean_size(prepared.quantizers[accounting.sites[place].name]))
+            for place in learned
+        }
+        if tally.exceeded:
+            _fall(prepared, sizes)
         else:
-            self._grow(prepared, learned, sizes, bits)
-
-    def _size(
-        self, prepared: PreparedModule, index: int, rule: Callable[[float, float], float]
-    ) -> float:
-        quantizer = prepared.quantizers[prepared.plan.accounting.sites[index].name]
-        gradient = abs(float(prepared.plan.statistics[index, MEAN]))
-        try:
-            size = quantizer.mean_abs
-        except TrainingError:  # no sample of the tensor is kept
-            size = float(quantizer.base.detach().abs().mean())
-        return rule(gradient, size)
-
-    def _fall(self, prepared: PreparedModule, learned: Sequence[int], sizes: list[float]) -> None:
-        median = max(statistics.median(sizes), _TINY)
-        for index, size in zip(learned, sizes, strict=True):
-            pace = min(max(size / median, _SLOWEST), 1 / _SLOWEST)
-            _move_gate(prepared, index, -_STRIDE * pace)
-
-    def _grow(
-        self,
-        prepared: PreparedModule,
-        learned: Sequence[int],
-        sizes: list[float],
-        bits: list[int],
-    ) -> None:
-        accounting = prepared.plan.accounting
-        largest = max(*sizes, _TINY)
-        for size, index in sorted(zip(sizes, learned, strict=True), reverse=True):
-            quantizer = prepared.quantizers[accounting.sites[index].name]
-            before = quantizer.gate.clone()
-            _move_gate(prepared, index, _STRIDE * size / largest)
-            wider = [*bits]
-            wider[index] = quantizer.bit_width
-            if wider[index] in accounting.sites[index].allowed and accounting.is_satisfied(wider):
-                bits[index] = wider[index]
-            else:
-                quantizer.gate.copy_(before)
-                quantizer.update_from_gate()
+            _grow(prepared, sizes, tally)
 
 
-def _move_gate(prepared: PreparedModule, index: int, by: float) -> None:
-    site = prepared.plan.accounting.sites[index]
+def _fall(prepared: PreparedModule, sizes: Mapping[int, float]) -> None:
+    median = max(statistics.median(sizes.values()), _TINY)
+    for place, size in sizes.items():
+        pace = min(max(size / median, _SLOWEST), 1 / _SLOWEST)
+        _set_gate(prepared, place, _moved_gate(prepared, place, -_STRIDE * pace))
+
+
+def _grow(prepared: PreparedModule, sizes: Mapping[int, float], tally: Tally) -> None:
+    largest = max(*sizes.values(), _TINY)
+    for place, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        gate = _moved_gate(prepared, place, _STRIDE * size / largest)
+        spec = prepared.quantizers[prepared.plan.accounting.sites[place].name].spec
+        to = tally.widths.index(bit_width_of(gate, spec.widths))
+        deltas = tally.deltas(place, to)
+        if tally.has_room(deltas):
+            tally.move(place, to, deltas)
+            _set_gate(prepared, place, gate)
+
+
+def _moved_gate(prepared: PreparedModule, place: int, by: float) -> float:
+    """Return the gate of a site moved by `by` bands, on into the next band that the site may have."""
+    site = prepared.plan.accounting.sites[place]
     quantizer = prepared.quantizers[site.name]
     bands = [quantizer.spec.widths.index(bits) for bits in site.allowed]
-    gate = float(quantizer.gate) + by
-    quantizer.gate.fill_(min(max(gate, bands[0] + 0.5), bands[-1] + 1.0))
+    gate = min(max(float(quantizer.gate) + by, bands[0] + 0.5), bands[-1] + 1.0)
+    band = quantizer.spec.widths.index(bit_width_of(gate, quantizer.spec.widths))
+    if band in bands:
+        return gate
+    below = max(other for other in bands if other < band)
+    return below + 1.0 if by < 0 else min(other for other in bands if other > band) + _STRIDE
+
+
+def _set_gate(prepared: PreparedModule, place: int, gate: float) -> None:
+    quantizer = prepared.quantizers[prepared.plan.accounting.sites[place].name]
+    quantizer.gate.fill_(gate)
     quantizer.update_from_gate()
 
 
@@ -116,9 +114,9 @@ def _move_gate(prepared: PreparedModule, index: int, by: float) -> None:
 class FisherDirection:
     """Every check solves for the bit-widths of least predicted loss within a falling bound.
 
-    The bound falls geometrically from the widest bit-widths' cost to the budget, so that widths go from 32 over 8
-    and 4 to 2 bits and the weights follow. The predicted loss is the Fisher information of each tensor,
-    as its gradients show it, times its rounding error.
+    The bound falls geometrically from the widest bit-widths' cost to the budget, so that widths go from
+    32 over 8 and 4 to 2 bits and the weights follow. The predicted loss is the Fisher information of
+    each tensor, as its gradients show it, times its rounding error.
     """
 
     def update(self, prepared: PreparedModule, progress: float) -> None:
@@ -138,7 +136,7 @@ class FisherDirection:
 def _between(widest: Fraction, limit: Fraction, progress: float) -> Fraction:
     if progress >= 1 or widest <= limit:
         return limit
-    return max(limit, Fraction(float(limit) * (float(widest) / float(limit)) ** (1 - progress)))
+    return max(limit, limit * Fraction(float(widest / limit) ** (1 - progress)))
 
 
 def _inverse(value: float) -> float:

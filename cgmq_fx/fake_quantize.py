@@ -135,6 +135,9 @@ def fake_quantize(
         bypass: what passthrough holds, where the caller knows it without reading the tensor; None
             while a compiler traces: both results are then computed and the tensor selects.
     """
+    if bypass and not torch.is_grad_enabled():
+        # No copy: by whether a weight requires a gradient torch chooses kernels, which round apart.
+        return x
     apply = cast(Callable[..., Tensor], _FakeQuantize.apply)  # torch leaves it untyped
     tensors = (x, multiplier, base, quant_min, quant_max, passthrough, probe)
     return apply(*tensors, channel_axis, is_weight, bypass)

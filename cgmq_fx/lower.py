@@ -39,15 +39,17 @@ def lower(prepared: PreparedModule, *, allow_untrained: bool = False) -> Lowered
     """
     _check_is_prepared(prepared)
     accounting = prepared.plan.accounting
-    _check_is_trained(prepared, allow_untrained)
     twin = copy.deepcopy(prepared).eval()
     settle_ranges(twin)
+    name = type(prepared).__name__
+    _check_is_trained(twin, name, allow_untrained)
     if not accounting.is_satisfied(list(twin.bit_widths.values())):
         lower_to_budget(twin)
         _check_budgets(accounting, twin.bit_widths)
-    _fit_pending_ranges(twin)
+    settle_ranges(twin)
+    _check_ranges(twin, name)
     Pipeline(PASSES).run(twin)
-    fixed = LoweredModule(twin, twin.graph, class_name=type(prepared).__name__)
+    fixed = LoweredModule(twin, twin.graph, class_name=name)
     fixed.requires_grad_(requires_grad=False)
     _check_budgets(accounting, fixed.bit_widths)
     return fixed
@@ -74,7 +76,7 @@ def _check_is_prepared(prepared: object) -> None:
     )
 
 
-def _check_is_trained(prepared: PreparedModule, allow_untrained: bool) -> None:
+def _check_is_trained(prepared: PreparedModule, name: str, allow_untrained: bool) -> None:
     faults = []
     steps = int(prepared.plan.steps)
     if steps == 0 and not allow_untrained:
@@ -83,38 +85,33 @@ def _check_is_trained(prepared: PreparedModule, allow_untrained: bool) -> None:
             f"cgmq_fx.attach(prepared, optimizer) or cgmq_fx.fit, or lower it untrained with "
             f"lower(prepared, allow_untrained=True)"
         )
-    blind = [site for site, item in _activations(prepared).items() if not item.is_calibrated]
+    blind = [site for site, item in _quantizers(prepared).items() if not item.is_calibrated]
     if blind:
         faults.append(
             f"its quantizers {blind} never saw a tensor, so that their ranges are unknown; run at "
             f"least one batch through it"
         )
     if faults:
-        raise TrainingError(f"{type(prepared).__name__} cannot be lowered: {'; and '.join(faults)}")
+        raise TrainingError(f"{name} cannot be lowered: {'; and '.join(faults)}")
 
 
-def _fit_pending_ranges(twin: PreparedModule) -> None:
-    """Fit the ranges of activations whose width changed, on what their quantizers keep of them."""
-    pending = {site: item for site, item in _activations(twin).items() if item.refit_pending}
-    blind = [site for site, item in pending.items() if not item.has_sample]
+def _check_ranges(twin: PreparedModule, name: str) -> None:
+    blind = [site for site, item in _quantizers(twin).items() if item.refit_pending]
     if blind:
         raise TrainingError(
-            f"{type(twin).__name__} cannot be lowered: the bit-widths of {blind} changed since the "
+            f"{name} cannot be lowered: the bit-widths of {blind} changed since the "
             f"model was loaded, and no batch was seen to fit their ranges on; run a batch through "
             f"it first"
         )
-    for quantizer in pending.values():
-        quantizer.refit()
 
 
-def _activations(prepared: PreparedModule) -> dict[str, Quantizer]:
-    """Return the quantizers that fit their ranges on what passes through them, by site."""
+def _quantizers(prepared: PreparedModule) -> dict[str, Quantizer]:
+    """Return by site the quantizers of floating-point tensors."""
     found: dict[str, Quantizer] = {}
     for node in prepared.graph.nodes:
         if is_quantizer(prepared, node) and reads_floats(node):
             site = str(node.target).rpartition(".")[2]
-            if prepared.quantizers[site].spec.role != "weight":
-                found[site] = prepared.quantizers[site]
+            found[site] = prepared.quantizers[site]
     return found
 
 

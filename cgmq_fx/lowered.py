@@ -1,6 +1,7 @@
 """The graph module that `lower` returns."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import torch
@@ -42,7 +43,7 @@ class LoweredModule(fx.GraphModule):
             self.get_submodule(path)._non_persistent_buffers_set.add(name)
 
     def _deepcopy_init(self) -> Callable[..., None]:
-        return LoweredModule.__init__
+        return partial(_copy_init, type(self).__name__)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever `mode` is: nothing here can be trained."""
@@ -74,3 +75,7 @@ class LoweredModule(fx.GraphModule):
                 )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _copy_init(class_name: str, copied: LoweredModule, root: nn.Module, graph: fx.Graph) -> None:
+    LoweredModule.__init__(copied, root, graph, class_name)

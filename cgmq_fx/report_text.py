@@ -205,7 +205,7 @@ def _coverage(coverage: Coverage) -> RenderableType:
 
 def _coverage_lines(coverage: Coverage) -> Iterable[tuple[str, str]]:
     wide = sum(row.status == "quantized" and _FLOAT_BITS in row.bits for row in coverage.entries)
-    note = f"; {wide} of them read an operand at 32 bits, which is float" if wide else ""
+    note = f"; {wide} of them with an operand at 32 bits, which is float" if wide else ""
     yield "quantized", f"{_work(coverage, 'quantized')}{note}"
     yield "float", _work(coverage, "float")
     for group in coverage.groups("float"):

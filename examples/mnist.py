@@ -1,6 +1,6 @@
 """LeNet-5 on MNIST under a hard budget: mnist_plain.py with prepare, attach and lower added.
 
-    python examples/mnist.py --data-root data --budget 0.6%
+python examples/mnist.py --data-root data --budget 0.6%
 """
 
 import argparse
@@ -40,10 +40,14 @@ def load(root: str, *, train: bool, batch_size: int) -> DataLoader:
     images = (data.data[:, None].float() / 255 - 0.1307) / 0.3081
     samples = TensorDataset(images, data.targets)
     order = RandomSampler(samples) if train else range(len(samples))
-    return DataLoader(samples, sampler=BatchSampler(order, batch_size, drop_last=train), batch_size=None)
+    return DataLoader(
+        samples, sampler=BatchSampler(order, batch_size, drop_last=train), batch_size=None
+    )
 
 
-def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Adam, scheduler: OneCycleLR) -> float:
+def train_epoch(
+    model: nn.Module, loader: DataLoader, optimizer: Adam, scheduler: OneCycleLR
+) -> float:
     """Train for one pass over the loader and return the mean loss."""
     model.train()
     total = 0.0
@@ -87,9 +91,7 @@ def main() -> None:
         print(f"float epoch {epoch + 1}: loss {loss:.4f}", flush=True)
     print(f"float: test accuracy {accuracy(model, test_loader):.2f} %")
 
-    prepared = cgmq_fx.prepare(
-        model, arguments.budget, learn_input_bits=arguments.learn_input_bits
-    )
+    prepared = cgmq_fx.prepare(model, arguments.budget, learn_input_bits=arguments.learn_input_bits)
     optimizer = Adam(prepared.parameters())
     steps = arguments.guided_epochs * len(train_loader)
     scheduler = OneCycleLR(optimizer, 2e-3, steps)

@@ -1,6 +1,6 @@
 """LeNet-5 on MNIST: an ordinary training script, before it knows of cgmq_fx (see mnist.py).
 
-    python examples/mnist_plain.py --data-root data
+python examples/mnist_plain.py --data-root data
 """
 
 import argparse
@@ -38,10 +38,14 @@ def load(root: str, *, train: bool, batch_size: int) -> DataLoader:
     images = (data.data[:, None].float() / 255 - 0.1307) / 0.3081
     samples = TensorDataset(images, data.targets)
     order = RandomSampler(samples) if train else range(len(samples))
-    return DataLoader(samples, sampler=BatchSampler(order, batch_size, drop_last=train), batch_size=None)
+    return DataLoader(
+        samples, sampler=BatchSampler(order, batch_size, drop_last=train), batch_size=None
+    )
 
 
-def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Adam, scheduler: OneCycleLR) -> float:
+def train_epoch(
+    model: nn.Module, loader: DataLoader, optimizer: Adam, scheduler: OneCycleLR
+) -> float:
     """Train for one pass over the loader and return the mean loss."""
     model.train()
     total = 0.0

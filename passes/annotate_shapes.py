@@ -13,7 +13,7 @@ from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.guards import check_same
 from cgmq_fx.passes.mac_counter import counted_macs, mac_counter
 from cgmq_fx.passes.meta import COUNTED_MACS, OP_INFO, VALUE, MetaKey, TensorInfo, Value
-from cgmq_fx.passes.values import execute, fake_mode, to_fake
+from cgmq_fx.passes.values import execute, fake_mode, to_fake, without_data
 from cgmq_fx.quantizers import Quantizer
 
 # Classes whose calls may hold products that only running them shows, when they are not opened.
@@ -92,13 +92,13 @@ def _run_node(
         return None, 0
     module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, AttentionQuantizer):
-        with mode, torch.no_grad():
+        with without_data(mode):
             return F.scaled_dot_product_attention(*args, **kwargs), 0
     if isinstance(module, Quantizer):
         return args[0], 0
     info = OP_INFO.get(node)
     try:
-        with mode, torch.no_grad():
+        with without_data(mode):
             if info.op in _MAY_MULTIPLY and info.operands == "none" and not _is_plain(module):
                 with mac_counter() as counter:
                     result = execute(gm, node, args, kwargs, mode)

@@ -47,7 +47,8 @@ class FreezeBitWidths(GraphPass):
     below 32 bits pass a `FrozenQuantizer`, attention weights a `FrozenAttention`. At 32 bits
     nothing is left.
 
-    Numerics: exact in evaluation mode.
+    Numerics: exact in evaluation mode under ``torch.no_grad()``; torch's matrix product sums in
+    another order when gradients of the weight are wanted.
 
     Raises:
         TrainingError: a quantizer below 32 bits never saw a tensor.
@@ -64,19 +65,30 @@ class FreezeBitWidths(GraphPass):
         settle_ranges(gm)
         freezer = _Freezer(gm)
         spent = [target for node in nodes for target in freezer.freeze(node)]
+        if nodes:  # a tied weight has a node for each of its names, and one was read
+            for node in gm.graph.find_nodes(op="get_attr"):
+                spent.extend(erase_unused(node))
         delete_unread(gm, spent)
         return bool(nodes)
 
 
 def settle_ranges(gm: fx.GraphModule) -> None:
-    """Let the quantizers of weights fit their ranges where that is due, as a forward would."""
+    """Let quantizers fit their ranges where that is due, as the next evaluation would.
+
+    Those of weights see the weight; the others take the sample that they kept, if they have one.
+    """
     written = written_nodes(gm.graph)
     for node in gm.graph.nodes:
-        if is_quantizer(gm, node) and _quantizer(gm, node).spec.role == "weight":
+        if not is_quantizer(gm, node):
+            continue
+        quantizer, value = _quantizer(gm, node), None
+        if quantizer.spec.role == "weight":
             value = constant_value(gm, node.args[0], written)
-            if value is not None:
-                with torch.no_grad():
-                    _quantizer(gm, node)(value)
+        if value is not None:
+            with torch.no_grad():
+                quantizer(value)
+        elif quantizer.refit_pending and quantizer.has_sample:
+            quantizer.refit()
 
 
 def reads_floats(node: fx.Node) -> bool:

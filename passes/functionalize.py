@@ -19,7 +19,7 @@ from cgmq_fx.passes.guards import TrainingMode
 from cgmq_fx.passes.meta import MODULE_PATH
 from cgmq_fx.passes.multi_head_attention import can_open, open_attention
 from cgmq_fx.passes.proxies import TracedValue
-from cgmq_fx.passes.trace import TRAINING_MODE
+from cgmq_fx.passes.tracer import TRAINING_MODE
 
 # Layers whose forward depends on the training mode or changes state stay modules.
 _CLOSED = (_BatchNorm, _InstanceNorm, nn.RNNBase, nn.RNNCellBase)

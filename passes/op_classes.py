@@ -5,6 +5,7 @@ listed is ``other``: it is never quantized, and its work is counted by running i
 """
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
         torch.swapaxes, torch.movedim, torch.unflatten, F.pad, F.pixel_shuffle, F.pixel_unshuffle,
         F.channel_shuffle, F.unfold, F.fold, torch.tile, torch.index_select, torch.broadcast_to, torch.clone,
         torch.arange, torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch._assert,
-        make_tuple, find_output_padding, check_same, select_mode, merge_masks, torch.flip, torch.narrow,
+        make_tuple, tuple, list, OrderedDict, find_output_padding, check_same, select_mode, merge_masks, torch.flip, torch.narrow,
     ),
 }  # fmt: skip
 

@@ -23,7 +23,10 @@ from cgmq_fx.passes.meta import (
     TensorInfo,
 )
 from cgmq_fx.passes.values import find_attribute
-from cgmq_fx.quantizers import Quantizer
+from cgmq_fx.quantizers import Quantizer, QuantizerSet
+
+# A container of modules has attributes of its own, such as `add`.
+_ATTRIBUTES = frozenset(dir(QuantizerSet()))
 
 
 @final
@@ -125,4 +128,5 @@ def _name_sites(gm: fx.GraphModule, tensors: "nx.Graph[Any]") -> dict[fx.Node, s
 
 def _identifier(text: str) -> str:
     name = re.sub(r"\W", "_", text)
-    return f"{name}_" if keyword.iskeyword(name) or name[:1].isdigit() else name
+    taken = keyword.iskeyword(name) or name in _ATTRIBUTES or name[:1].isdigit()
+    return f"{name}_" if taken else name

@@ -1,11 +1,14 @@
 """What the values of a graph under construction look like, by running it on fake tensors."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 UNKNOWN: Final = object()
@@ -14,6 +17,19 @@ UNKNOWN: Final = object()
 def fake_mode() -> FakeTensorMode:
     """Return a mode in which operations compute shapes and dtypes, and no numbers."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def without_data(mode: FakeTensorMode) -> Iterator[None]:
+    """Run operations on tensors without data; failures raise, and are not logged as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with mode, torch.no_grad():
+            yield
+    finally:
+        logger.disabled = disabled
 
 
 def to_fake(mode: FakeTensorMode, tree: Any) -> Any:
@@ -45,11 +61,32 @@ def execute(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: Fake
             return to_fake(mode, find_attribute(module, str(node.target)))
         case "call_function":
             assert callable(node.target)
+            args, kwargs = _mutable(args), _mutable(kwargs)
             return node.target(*args, **kwargs)
         case "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         case _:
-            return module.get_submodule(str(node.target))(*args, **kwargs)
+            called = module.get_submodule(str(node.target))
+            if isinstance(called, _BatchNorm) and len(args) == 1 and not kwargs:
+                return _normalized(called, args[0])
+            return called(*args, **kwargs)
+
+
+def _normalized(batch_norm: _BatchNorm, data: torch.Tensor) -> torch.Tensor:
+    """Return what `batch_norm` makes of fake data; torch would take a dozen operations for it."""
+    batch_norm._check_input_dim(data)  # type: ignore[no-untyped-call]
+    if data.shape[1] != batch_norm.num_features:
+        raise ValueError(f"{batch_norm.num_features} channels expected, found {data.shape[1]}")
+    return torch.empty_like(data)
+
+
+def _mutable(value: Any) -> Any:
+    """Return containers of torch.fx as plain ones: a closed function may change what it is given."""
+    if isinstance(value, list):
+        return [_mutable(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    return tuple(map(_mutable, value)) if type(value) is tuple else value
 
 
 class ValueEvaluator:
@@ -93,7 +130,7 @@ class ValueEvaluator:
             return UNKNOWN
         self.running = True
         try:
-            with self._mode, torch.no_grad():
+            with without_data(self._mode):
                 assert self.module is not None
                 return execute(self.module, node, args, kwargs, self._mode)
         except Exception:  # what cannot run without data is unknown, and refused when asked for

@@ -20,11 +20,14 @@ from cgmq_fx.passes.annotate_operations import AnnotateOperations
 from cgmq_fx.passes.annotate_shapes import AnnotateShapes
 from cgmq_fx.passes.annotate_work import AnnotateWork
 from cgmq_fx.passes.base import GraphPass, Numerics
+from cgmq_fx.passes.fold_batch_norm import FoldBatchNorm
+from cgmq_fx.passes.freeze_bit_widths import FreezeBitWidths
 from cgmq_fx.passes.functionalize import Functionalize
 from cgmq_fx.passes.insert_quantizers import InsertQuantizers
 from cgmq_fx.passes.pipeline import Pipeline, run_pass
 from cgmq_fx.passes.price_operations import PriceOperations
 from cgmq_fx.passes.share_quantizers import ShareQuantizers
+from cgmq_fx.passes.specialize_evaluation import SpecializeEvaluation
 from cgmq_fx.passes.trace import trace
 from cgmq_fx.quantizers import Quantizer
 from graph_zoo import ZOO, ZooCase, case
@@ -43,13 +46,18 @@ WORK = (*ANNOTATIONS, lambda _: AnnotateWork())
 
 @dataclass(frozen=True)
 class Subject:
-    """A pass, made for the inputs of a model, and what has to run before it."""
+    """A pass, made for the inputs of a model, and what has to run before it.
+
+    `modes` are those, training or not, in which it promises its numerics.
+    """
 
     make: Callable[[tuple[Any, ...]], GraphPass]
     before: tuple[Callable[[tuple[Any, ...]], GraphPass], ...] = ()
+    modes: tuple[bool, ...] = (True, False)
 
 
 OPENED = (lambda _: Functionalize(),)
+PREPARED = (*OPENED, *SHARE, lambda _: InsertQuantizers(input_bits=None))
 SUBJECTS: Mapping[type[GraphPass], Subject] = {
     Functionalize: Subject(lambda _: Functionalize()),
     AnnotateOperations: Subject(ANNOTATIONS[0], OPENED),
@@ -59,6 +67,9 @@ SUBJECTS: Mapping[type[GraphPass], Subject] = {
     ShareQuantizers: Subject(SHARE[-1], (*OPENED, *ANNOTATIONS)),
     InsertQuantizers: Subject(lambda _: InsertQuantizers(), (*OPENED, *SHARE)),
     PriceOperations: Subject(lambda _: PriceOperations((BOPS,)), (*OPENED, *WORK)),
+    SpecializeEvaluation: Subject(lambda _: SpecializeEvaluation(), PREPARED, modes=(False,)),
+    FreezeBitWidths: Subject(lambda _: FreezeBitWidths(), PREPARED, modes=(False,)),
+    FoldBatchNorm: Subject(lambda _: FoldBatchNorm(), modes=(False,)),
 }
 CELLS = pytest.mark.parametrize("kind", SUBJECTS, ids=lambda kind: kind.name)
 GRAPHS = pytest.mark.parametrize("zoo_case", ZOO, ids=lambda item: item.id)
@@ -77,7 +88,9 @@ class Bench:
         return self.subject.make(self.inputs)
 
     def restore(self) -> None:
-        """Run the analyses again that the pass invalidated."""
+        """Run the analyses again that the pass needs and invalidated."""
+        if not self.pass_.requires:
+            return
         analyses = [make for make in self.subject.before if make not in OPENED]
         Pipeline([make(self.inputs) for make in analyses]).run(self.gm)
 
@@ -86,6 +99,7 @@ def bench(kind: type[GraphPass], zoo_case: ZooCase) -> Bench:
     model, inputs = zoo_case.build()
     gm = trace(model, inputs, zoo_case.batch_axis)
     subject = SUBJECTS[kind]
+    gm.train(subject.modes[0])
     Pipeline([make(inputs) for make in subject.before]).run(gm)
     return Bench(gm, inputs, subject)
 
@@ -133,7 +147,7 @@ def check(kind: type[GraphPass], zoo_case: ZooCase) -> None:
     copied = copy.deepcopy(gm)
     text, copied_text, notes = fingerprint(gm), fingerprint(copied), annotations(gm)
     placeholders = [(n.target, n.args) for n in gm.graph.nodes if n.op == "placeholder"]
-    before = [outputs(gm, place.inputs, training=mode) for mode in (True, False)]
+    before = [outputs(gm, place.inputs, training=mode) for mode in place.subject.modes]
     modes = [module.training for module in gm.modules()]
 
     changed = run_pass(pass_, gm)
@@ -141,7 +155,7 @@ def check(kind: type[GraphPass], zoo_case: ZooCase) -> None:
     gm.graph.lint()
     assert changed == (fingerprint(gm) != text), "the flag does not tell what happened"
     assert [(n.target, n.args) for n in gm.graph.nodes if n.op == "placeholder"] == placeholders
-    after = [outputs(gm, place.inputs, training=mode) for mode in (True, False)]
+    after = [outputs(gm, place.inputs, training=mode) for mode in place.subject.modes]
     for old, new in zip(before, after, strict=True):
         assert_promise_kept(pass_.numerics, old, new)
     assert fingerprint(copied) == copied_text

@@ -278,7 +278,7 @@ ZOO = (
     ),
     ZooCase("in-place alias", lambda: Calls(_in_place_alias, conv=nn.Conv2d(1, 2, 3)), _images(1, 5, 5)),
     ZooCase("module twice", lambda: Calls(_twice, layer=nn.Linear(4, 4)), _images(4)),
-    ZooCase("products", lambda: Calls(_products, proj=nn.Linear(6, 3)), _images(5, 6)),
+    ZooCase("products", lambda: Calls(_products, proj=nn.Linear(6, 3, bias=False)), _images(5, 6)),
     ZooCase("functionals", Functionals, _images(1, 7, 7)),
     ZooCase("sdpa", lambda: Calls(_sdpa, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8)), _images(5, 8)),
     ZooCase("attention", lambda: SelfAttention(need_weights=False), _images(5, 8)),

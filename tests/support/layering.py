@@ -40,6 +40,12 @@ GROUP_OF = {
     "cgmq_fx.lower": "workflow",
     "cgmq_fx.lowered": "workflow",
     "cgmq_fx.report": "workflow",
+    "cgmq_fx.report_contents": "workflow",
+    "cgmq_fx.report_files": "workflow",
+    "cgmq_fx.report_text": "workflow",
+    "cgmq_fx.table_text": "workflow",
+    "cgmq_fx.demo_data": "workflow",
+    "cgmq_fx.demo_output": "workflow",
     "cgmq_fx.cli": "workflow",
     "cgmq_fx.demo": "workflow",
 }

@@ -211,7 +211,7 @@ def _classifier(left: nn.Module, right: nn.Module, x: Tensor, other: Tensor) -> 
 
 
 def _functional(weight: nn.Module, x: Tensor, other: Tensor) -> Tensor:
-    return F.linear(x.flatten(2).amax(-1), weight.weight * 0.5) @ other[:2].t()
+    return F.linear(x.flatten(2).amax(-1), weight.weight * 0.5) * other
 
 
 def _heads(channels: int) -> dict[str, Callable[[], nn.Module]]:

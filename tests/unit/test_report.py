@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from cgmq_fx.errors import TrainingError, UsageError
+from cgmq_fx.lower import lower
 from cgmq_fx.prepare import prepare
 from cgmq_fx.report import report
 from cgmq_fx.report_text import TEXT_WIDTH
@@ -150,7 +151,7 @@ def test_over_budget_is_said_with_the_excess():
     text = " ".join(str(found).split())
     assert f"OVER BUDGET by {float(excess / 10**6):.4g} MBOP" in text
     assert "within budget" not in text
-    assert "read an operand at 32 bits, which is float" in text
+    assert "4 of them with an operand at 32 bits, which is float" in text
 
 
 def test_within_budget_is_said_with_the_spare():
@@ -305,6 +306,14 @@ def test_a_float_model_has_no_report():
         UsageError, match=r"ConvNet is neither prepared nor lowered.*cgmq_fx\.prepare"
     ):
         report(ConvNet())
+
+
+def test_a_lowered_model_has_the_report_of_what_it_was_made_from():
+    prepared = convnet(bits=4)
+    prepared(torch.rand(8, 1, 8, 8))
+    before, after = report(prepared), report(lower(prepared, allow_untrained=True))
+    assert after == before
+    assert str(after) == str(before)
 
 
 def test_something_else_has_no_report():
