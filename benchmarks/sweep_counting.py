@@ -5,7 +5,7 @@ All runs are on tensors without data, with attention written out as its two prod
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,17 @@ from cgmq_fx.quantizers import Quantizer
 
 # What moves, makes or describes tensors and computes nothing.
 _MOVING = frozenset(
-    "_reshape_alias _to_copy _unsafe_view alias arange as_strided cat chunk clone constant_pad_nd "
-    "contiguous copy_ detach empty expand full full_like index index_select lift_fresh lift_fresh_copy "
-    "new_empty new_full new_ones new_zeros ones ones_like permute roll scalar_tensor select slice "
-    "split split_with_sizes squeeze stack sym_size t transpose unbind unsqueeze unfold view zeros "
-    "zeros_like fill_ flip slice_scatter select_scatter is_same_size repeat eye".split()
-)
+    {
+        "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "arange", "as_strided", "cat",
+        "chunk", "clone", "constant_pad_nd", "contiguous", "copy_", "detach", "empty",
+        "expand", "full", "full_like", "index", "index_select", "lift_fresh",
+        "lift_fresh_copy", "new_empty", "new_full", "new_ones", "new_zeros", "ones",
+        "ones_like", "permute", "roll", "scalar_tensor", "select", "slice", "split",
+        "split_with_sizes", "squeeze", "stack", "sym_size", "t", "transpose", "unbind",
+        "unsqueeze", "unfold", "view", "zeros", "zeros_like", "fill_", "flip", "slice_scatter",
+        "select_scatter", "is_same_size", "repeat", "eye",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,7 @@ class _Watch(TorchDispatchMode):
         self.read: set[int] = set()
         self.computing: list[str] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.read.update(id(leaf) for leaf in pytree.tree_leaves((args, kwargs or {})))
         namespace, _, name = func._schema.name.partition("::")
         if namespace != "prim" and name not in _MOVING and not name.startswith("sym_"):
@@ -76,12 +79,14 @@ def attention_as_products() -> Iterator[None]:
 
 
 def run_fake(
-    model: nn.Module, inputs: tuple[Any, ...], *watching: TorchDispatchMode
+    model: nn.Module, inputs: tuple[Any, ...], *watching: AbstractContextManager[Any]
 ) -> dict[str, Tensor]:
     """Run the model in its present mode on fake tensors, and return those of its state."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    state = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in named}
+    named: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    state: dict[str, Tensor] = {
+        name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in named
+    }
     fake = tuple(mode.from_tensor(value, static_shapes=True) for value in inputs)
     with ExitStack() as stack:
         for context in (attention_as_products(), fake_errors_silent(), mode, *watching):

@@ -41,7 +41,7 @@ class Snapshot:
     @staticmethod
     def of(model: nn.Module) -> "Snapshot":
         """Take the snapshot of `model`."""
-        named = [*model.named_parameters(remove_duplicate=False)]
+        named: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
         named += model.named_buffers(remove_duplicate=False)
         return Snapshot(
             {name: (id(tensor), tensor.data_ptr(), _digest(tensor)) for name, tensor in named},
@@ -62,7 +62,7 @@ class Snapshot:
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
 
 
 def _description(module: nn.Module) -> tuple[object, ...]:
@@ -157,7 +157,7 @@ def check_numbers(
 
 @contextmanager
 def _fused_layers_off() -> Iterator[None]:
-    """Turn off the fused kernel that replaces a whole attention layer when no gradient is wanted."""
+    """Turn off the fused kernel that replaces an attention layer when no gradient is wanted."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -204,7 +204,7 @@ def check_coverage(prepared: PreparedModule, one: Tensor) -> Iterator[str]:
         yield "two operations of the ledger have one name"
     used = _needed(prepared.graph)
     for node, count in counts.items():
-        if node not in used or _is_quantizer(prepared, node) and not count.macs:
+        if node not in used or (_is_quantizer(prepared, node) and not count.macs):
             continue
         entries = [ledger[work.name] for work in WORK.find(node) or () if work.name in ledger]
         if count.computing and not entries:
@@ -247,7 +247,7 @@ def _is_quantizer(prepared: PreparedModule, node: fx.Node) -> bool:
 def check_totals(prepared: PreparedModule, counted: FloatCount) -> Iterator[str]:
     """Recompute totals from MACs and bits; raise one site after the other."""
     accounting = prepared.plan.accounting
-    draw = random.Random(0)  # noqa: S311
+    draw = random.Random(0)
     choices = [site.allowed for site in accounting.sites]
     assignments = [[pick(allowed) for allowed in choices] for pick in (min, max, draw.choice)]
     for bits in assignments:

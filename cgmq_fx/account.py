@@ -1,12 +1,12 @@
-"""Builds the accounting of a prepared graph: analyses it, binds operations to quantizers, prices them."""
+"""Builds the accounting of a prepared graph: analysis, operations bound to quantizers, prices."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
-from cgmq_fx.accounting import Accounting, LedgerEntry, Site
+from cgmq_fx.accounting import Accounting, Coverage, LedgerEntry, Site
 from cgmq_fx.budget import Limit
 from cgmq_fx.cost.operation import BitSource, BoundOperation, Operation
 from cgmq_fx.cost.table import CostTable
@@ -139,8 +139,8 @@ class _Accountant:
         if faults:
             names = ", ".join(sorted(limits))
             raise CostTableError(
-                f"no bit-width is allowed for all of the resources {names}: {'; '.join(faults)}; allow more "
-                f"with prepare(widths=...), or add these bit-widths to the tables"
+                f"no bit-width is allowed for all of the resources {names}: {'; '.join(faults)}; "
+                f"allow more with prepare(widths=...), or add these bit-widths to the tables"
             )
         return tuple(sites)
 
@@ -185,8 +185,12 @@ class _Accountant:
                 if parameter.requires_grad or parameter.is_floating_point():
                     found[id(parameter)] = parameter.numel()
             elif node.op == "call_module":
-                for parameter in self.gm.get_submodule(str(node.target)).parameters():
+                module = self.gm.get_submodule(str(node.target))
+                for parameter in module.parameters():
                     found[id(parameter)] = parameter.numel()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine:
+                    # Its statistics come to a factor and a shift, as with parameters of its own.
+                    found[id(module)] = 2 * module.num_features
         return found
 
     def _is_read_in_float(self, node: fx.Node) -> bool:
@@ -211,20 +215,19 @@ class _Accountant:
             return LedgerEntry(
                 operation.name, operation.op, operation.macs, "quantized", "", PRICES.get(node)
             )
-        reason = _reason(info, operation)
-        status = "float" if operation.macs or PRICES.get(node) else "free"
+        reason = _reason(info, operation, priced=bool(PRICES.get(node)))
+        status: Coverage = "float" if operation.macs or PRICES.get(node) else "free"
         return LedgerEntry(
             operation.name, operation.op, operation.macs, status, reason, PRICES.get(node)
-        )  # fmt: skip
+        )
 
 
 def _learnable(bound: BoundOperation) -> tuple[BitSource, ...]:
     return bound.sources[:1] if bound.operation.op == "embedding" else bound.sources
 
 
-def _reason(info: OpInfo, operation: Operation) -> str:
-    if info.reason and operation.macs:
-        return f"{info.reason}; priced at {FLOAT_BITS} bits"
-    if operation.macs:
-        return f"no bounded table prices '{info.op}' by its bit-widths"
-    return "no multiply-accumulates, and no table of the call prices it"
+def _reason(info: OpInfo, operation: Operation, *, priced: bool) -> str:
+    if not (operation.macs or priced):
+        return "no multiply-accumulates, and no table of the call prices it"
+    why = info.reason or f"no bounded table prices '{info.op}' by its bit-widths"
+    return f"{why}; priced at {FLOAT_BITS} bits"

@@ -41,8 +41,8 @@ class LedgerEntry:
         name: place of the operation.
         op: its class.
         macs: its multiply-accumulates for one sample.
-        status: ``quantized``; ``float``: it has MACs and runs in float; ``free``: it costs nothing in
-            any table of the call.
+        status: ``quantized``; ``float``: it has MACs and runs in float; ``free``: it costs nothing
+            in any table of the call.
         reason: why it is not quantized, or not priced.
         prices: pairs of table and the row that prices it.
     """
@@ -154,8 +154,8 @@ class Accounting:
         if not faults and self.reachable_bits(self.limits, ceiling) is None:
             over = ", ".join(sorted(self.violations(self.lowest_bits())))
             faults.append(
-                f"each budget can be met alone, but no bit-widths were found that meet all at once: "
-                f"the lowest exceed {over}; raise one of these budgets"
+                f"each budget can be met alone, but no bit-widths were found that meet all at "
+                f"once: the lowest exceed {over}; raise one of these budgets"
             )
         if faults:
             raise BudgetError("\n".join(faults))

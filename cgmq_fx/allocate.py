@@ -58,16 +58,16 @@ def allocate(
 def _out_of_reach(tally: Tally) -> BudgetError:
     over = ", ".join(bound.resource.name for bound in tally.exceeded)
     return BudgetError(
-        f"no choice of bit-widths was found within all budgets at once, the nearest exceeds {over}; "
-        f"raise these budgets, or allow narrower bit-widths with prepare(widths=...)"
+        f"no choice of bit-widths was found within all budgets at once, the nearest exceeds "
+        f"{over}; raise these budgets, or allow narrower bit-widths with prepare(widths=...)"
     )
 
 
 class _Search:
     """Moves the sites of a tally, the best move by the prices of a heap first.
 
-    A move of one site changes the prices of those it shares operations with, mostly for the worse. So
-    prices in a heap are out of date, and one that comes to the top is computed anew first.
+    A move of one site changes the prices of those it shares operations with, mostly for the worse.
+    So prices in a heap are out of date, and one that comes to the top is computed anew first.
     """
 
     def __init__(
@@ -122,9 +122,7 @@ class _Search:
                 continue
             saving = sum(
                 -delta / max(1, bound.limit)
-                for bound, delta in zip(
-                    self.tally.bounds, self.tally.deltas(site, to), strict=True
-                )
+                for bound, delta in zip(self.tally.bounds, self.tally.deltas(site, to), strict=True)
                 if bound.is_exceeded
             )
             if saving <= 0:

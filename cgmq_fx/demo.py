@@ -121,7 +121,8 @@ def run_demo(
     states = {"float": model.state_dict(), "lowered": result.fixed.state_dict()}
     files = write_results(out, found, history, states)
     seconds = time.perf_counter() - started
-    console.print(f"\n{seconds:.0f} s; results in {out}/:", ", ".join(file.name for file in files))
+    names = ", ".join(file.name for file in files)
+    console.print(f"\n{seconds:.0f} s; results in {out}/: {names}", markup=False)
     return DemoResult(*accuracies, found, files, seconds)
 
 

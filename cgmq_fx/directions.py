@@ -1,8 +1,8 @@
 """How gates move: the rules that turn gradients into bit-widths.
 
-A gate's own gradient is useless, since the cost is a step function of it. It is replaced by a direction
-whose sign depends only on whether every budget is met, and whose size depends on how much the loss cares
-about the tensor (Constraint Guided Model Quantization, arXiv 2409.20138).
+A gate's own gradient is useless, since the cost is a step function of it. It is replaced by a
+direction whose sign depends only on whether every budget is met, and whose size depends on how much
+the loss cares about the tensor (Constraint Guided Model Quantization, arXiv 2409.20138).
 """
 
 import statistics
@@ -41,12 +41,13 @@ class Direction(Protocol):
 class GateDirection:
     """Gates fall while a budget is exceeded and grow back while all are met.
 
-    A gate falls by at least `_STRIDE * _SLOWEST` at each check, so that after finitely many checks every
-    budget is met. Where growing would exceed a budget the gate stays where it is, so that a model that
-    has met its budgets once goes on meeting them.
+    A gate falls by at least `_STRIDE * _SLOWEST` at each check, so that after finitely many checks
+    every budget is met. Where growing would exceed a budget the gate stays where it is, so that a
+    model that has met its budgets once goes on meeting them.
 
     Attributes:
-        falling: size of the direction while unsatisfied, from mean gradient and mean size of a tensor.
+        falling: size of the direction while unsatisfied, from mean gradient and mean size of a
+            tensor.
         growing: likewise while satisfied.
     """
 
@@ -92,7 +93,7 @@ def _grow(prepared: PreparedModule, sizes: Mapping[int, float], tally: Tally) ->
 
 
 def _moved_gate(prepared: PreparedModule, place: int, by: float) -> float:
-    """Return the gate of a site moved by `by` bands, on into the next band that the site may have."""
+    """Return the gate of a site moved by `by` bands, and on to a band that the site may have."""
     site = prepared.plan.accounting.sites[place]
     quantizer = prepared.quantizers[site.name]
     bands = [quantizer.spec.widths.index(bits) for bits in site.allowed]
@@ -114,9 +115,9 @@ def _set_gate(prepared: PreparedModule, place: int, gate: float) -> None:
 class FisherDirection:
     """Every check solves for the bit-widths of least predicted loss within a falling bound.
 
-    The bound falls geometrically from the widest bit-widths' cost to the budget, so that widths go from
-    32 over 8 and 4 to 2 bits and the weights follow. The predicted loss is the Fisher information of
-    each tensor, as its gradients show it, times its rounding error.
+    The bound falls geometrically from the widest bit-widths' cost to the budget, so that widths go
+    from 32 over 8 and 4 to 2 bits and the weights follow. The predicted loss is the Fisher
+    information of each tensor, as its gradients show it, times its rounding error.
     """
 
     def update(self, prepared: PreparedModule, progress: float) -> None:

@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -11,15 +12,17 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from cgmq_fx.errors import TrainingError, UsageError
-from cgmq_fx.guide import Guide, attach
+from cgmq_fx.guide import attach, check_prepared
 from cgmq_fx.lower import lower
 from cgmq_fx.lowered import LoweredModule
+from cgmq_fx.passes.freeze_bit_widths import settle_ranges
 from cgmq_fx.prepared import PreparedModule
 
 Loss = Callable[[Any, Any], Tensor]
-Metric = Callable[[Any, Any], Tensor]
+Metric = Callable[[Any, Any], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Epoch:
     Attributes:
         epoch: its number, from 1.
         train_loss: mean loss over its batches.
-        val_metric: mean metric over the validation samples, higher is better; None without a loader.
+        val_metric: mean metric over the validation samples, higher is better; None without
+            a loader.
         satisfied: whether every budget was met at its end.
         totals: the cost of each resource at its end, in its unit.
         bit_widths: the bit-width of each quantizer at its end.
@@ -85,7 +89,7 @@ def fit(
     progress: bool = True,
     callback: Callable[[Epoch], None] | None = None,
 ) -> FitResult:
-    """Train `prepared` to its budgets and return the lowered module of the best epoch that met them.
+    """Train `prepared` to its budgets and return the best epoch that met them, lowered.
 
     The best epoch is the one of the highest validation metric, or the last without a `val_loader`.
     Ctrl-C ends the run and keeps what was best. `prepared` is left in the state of the best epoch.
@@ -95,8 +99,10 @@ def fit(
         train_loader: batches ``(*inputs, target)``, iterated once an epoch.
         loss_fn: ``loss_fn(output, target)``, a scalar.
         epochs: passes over the loader.
-        optimizer: over the parameters of `prepared`; by default Adam at 1e-3, falling to 0 on a cosine.
-        scheduler: a learning-rate scheduler of `optimizer`, stepped after each epoch.
+        optimizer: over the parameters of `prepared`; by default Adam at 1e-3, falling to 0 on a
+            cosine.
+        scheduler: a learning-rate scheduler of `optimizer`, stepped after each epoch;
+            `ReduceLROnPlateau` with the mean training loss.
         val_loader: batches like the training ones, for the choice of the best epoch.
         metric: ``metric(output, target)``, higher is better, one number or one for each sample; by
             default minus the loss.
@@ -107,41 +113,76 @@ def fit(
 
     Raises:
         BudgetError: the budgets are infeasible for the shapes of the first batch.
-        TrainingError: the loss is not finite; `prepared` is in the last state that met the budgets, if
-            there was one.
+        TrainingError: the loss is not finite; `prepared` is in the best state that met the budgets,
+            if there was one.
         UsageError: arguments make no sense.
     """
-    if epochs < 1:
-        raise UsageError(f"epochs={epochs} must be at least 1")
-    steps = epochs * len(train_loader) if hasattr(train_loader, "__len__") else None
+    check_prepared(prepared, "fit")
+    _check_run(epochs, patience, train_loader, val_loader)
     if optimizer is None:
-        optimizer = torch.optim.Adam(
-            [p for p in prepared.parameters() if p.requires_grad], lr=1e-3
-        )
-        if steps is not None and scheduler is None:
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        if scheduler is not None:
+            raise UsageError(
+                f"{type(scheduler).__name__} schedules an optimizer that fit was not given; give "
+                f"optimizer= too, or neither"
+            )
+        learned = [p for p in prepared.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(learned, lr=1e-3)
+        scheduler = CosineAnnealingLR(optimizer, epochs)
+    batches = _length(train_loader)
+    steps = None if batches is None else max(1, epochs * batches)
     guide = attach(prepared, optimizer, direction=direction, total_steps=steps)
-    run = _Run(prepared, guide, optimizer, scheduler, loss_fn, metric, patience, callback)
+    run = _Run(prepared, optimizer, scheduler, loss_fn, metric, patience, callback)
+    was_training = prepared.training
     try:
         with _bar(progress) as bar:
             run.train(train_loader, val_loader, epochs, bar)
     except KeyboardInterrupt:
         run.interrupted = True
-        if not prepared.plan.is_priced:
+        if int(prepared.plan.steps) == 0:
             raise
     finally:
         guide.detach()
         run.restore_best()
-    return FitResult(
-        lower(prepared), tuple(run.history), run.best_epoch, run.interrupted
-    )
+        prepared.train(was_training)
+    return FitResult(lower(prepared), tuple(run.history), run.best_epoch, run.interrupted)
+
+
+def _check_run(
+    epochs: int,
+    patience: int | None,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
+) -> None:
+    faults = []
+    if epochs < 1:
+        faults.append(f"epochs={epochs} must be at least 1")
+    if patience is not None and patience < 1:
+        faults.append(f"patience={patience} must be at least 1, or None to run all epochs")
+    loaders = {"train_loader": train_loader, "val_loader": val_loader}
+    for name, loader in loaders.items():
+        if isinstance(loader, Iterator) and epochs > 1:
+            faults.append(
+                f"{name} is the iterator {type(loader).__name__}, which is used up after one of "
+                f"{epochs} epochs; give a DataLoader or a list of batches"
+            )
+    if faults:
+        raise UsageError("fit: " + "; ".join(faults))
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Return the number of batches, where the loader knows it."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:  # also a DataLoader over a stream, which has a __len__ that raises
+        return None
 
 
 class _Run:
+    """One call of `fit`: its loop, its records, and the best state so far."""
+
     def __init__(
         self,
         prepared: PreparedModule,
-        guide: Guide,
         optimizer: Optimizer,
         scheduler: Any,
         loss_fn: Loss,
@@ -149,7 +190,7 @@ class _Run:
         patience: int | None,
         callback: Callable[[Epoch], None] | None,
     ) -> None:
-        self.prepared, self.guide = prepared, guide
+        self.prepared = prepared
         self.optimizer, self.scheduler = optimizer, scheduler
         self.loss_fn, self.metric = loss_fn, metric
         self.patience, self.callback = patience, callback
@@ -168,11 +209,14 @@ class _Run:
         epochs: int,
         bar: Progress | None,
     ) -> None:
+        """Run the epochs, or fewer where patience ends."""
         for number in range(1, epochs + 1):
             loss = self._train_epoch(train_loader, number, epochs, bar)
             metric = None if val_loader is None else self._validate(val_loader)
             self._record(number, loss, metric)
-            if self.scheduler is not None:
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(loss)
+            elif self.scheduler is not None:
                 self.scheduler.step()
             if self._is_patient_no_more():
                 return
@@ -182,43 +226,57 @@ class _Run:
     ) -> float:
         self.prepared.train()
         total, count = 0.0, 0
-        batches = len(loader) if hasattr(loader, "__len__") else None
-        task = None if bar is None else bar.add_task(f"epoch {number}/{epochs}", total=batches)
+        title = f"epoch {number}/{epochs}"
+        task = None if bar is None else bar.add_task(title, total=_length(loader))
         for batch in loader:
-            inputs, target = self._unpack(batch)
-            self.optimizer.zero_grad()
-            loss = self.loss_fn(self.prepared(*inputs), target)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"epoch {number}, batch {count}: the loss is {value}; the optimizer has not stepped on "
-                    f"it. Check the data for NaN, lower the learning rate, or clip gradients; "
-                    f"{self._kept()}"
-                )
-            loss.backward()
-            self.optimizer.step()
-            total, count = total + value, count + 1
+            total += self._step(batch, number, count)
+            count += 1
             if bar is not None and task is not None:
-                bar.update(task, advance=1, description=self._status(number, epochs, total / count))
+                bar.update(task, advance=1, description=f"{title}  {self._status(total / count)}")
         if bar is not None and task is not None:
             bar.remove_task(task)
         if count == 0:
-            raise UsageError("train_loader gave no batch; an iterator can be used for one epoch only")
+            raise UsageError(
+                f"train_loader gave no batch in epoch {number}; give a DataLoader or a list that "
+                f"is not empty and can be iterated every epoch"
+            )
         return total / count
+
+    def _step(self, batch: Any, number: int, position: int) -> float:
+        inputs, target = self._unpack(batch)
+        self.optimizer.zero_grad()
+        loss = self.loss_fn(self.prepared(*inputs), target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = (
+                f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            )
+            raise UsageError(
+                f"loss_fn returned {given}; it must return one number as a tensor, such as a mean"
+            )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"epoch {number}, batch {position}: the loss is {value}; the optimizer has not "
+                f"stepped on it. Check the data for NaN, lower the learning rate, or clip "
+                f"gradients; {self._kept()}"
+            )
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        return value
 
     def _kept(self) -> str:
         if self._best_state is None:
             return "no epoch has met the budgets yet"
         return f"prepared is back in the state of epoch {self.best_epoch}, which met every budget"
 
-    def _status(self, number: int, epochs: int, loss: float) -> str:
+    def _status(self, loss: float) -> str:
         accounting, bits = self.prepared.plan.accounting, list(self.prepared.bit_widths.values())
         shares = ", ".join(
             f"{name} {float(total / accounting.limits[name]):.2f} of budget"
             for name, total in accounting.totals(bits).items()
             if name in accounting.limits
         )
-        return f"epoch {number}/{epochs}  loss {loss:.4f}  {shares}"
+        return f"loss {loss:.4f}  {shares}"
 
     @torch.no_grad()
     def _validate(self, loader: Iterable[Any]) -> float:
@@ -227,32 +285,40 @@ class _Run:
         for batch in loader:
             inputs, target = self._unpack(batch)
             output = self.prepared(*inputs)
-            samples = inputs[0].shape[0] if isinstance(inputs[0], Tensor) and inputs[0].dim() else 1
-            score = -self.loss_fn(output, target) if self.metric is None else self.metric(output, target)
-            total, count = total + float(score.float().mean()) * samples, count + samples
+            if self.metric is None:
+                score = torch.as_tensor(-self.loss_fn(output, target))
+            else:
+                score = torch.as_tensor(self.metric(output, target))
+            first = inputs[0]
+            samples = first.shape[0] if isinstance(first, Tensor) and first.dim() else 1
+            total, count = total + float(score.double().mean()) * samples, count + samples
         if count == 0:
-            raise UsageError("val_loader gave no batch; give a loader that can be iterated every epoch")
+            raise UsageError(
+                "val_loader gave no batch; give a DataLoader or a list that is not empty and can "
+                "be iterated every epoch"
+            )
         return total / count
 
     def _record(self, number: int, loss: float, metric: float | None) -> None:
         accounting, bits = self.prepared.plan.accounting, self.prepared.bit_widths
         values = list(bits.values())
-        epoch = Epoch(
-            number, loss, metric, accounting.is_satisfied(values), accounting.totals(values), bits
-        )
+        satisfied, totals = accounting.is_satisfied(values), accounting.totals(values)
+        epoch = Epoch(number, loss, metric, satisfied, totals, bits)
         self.history.append(epoch)
-        better = metric is None or metric >= self._best_metric
-        if epoch.satisfied and better:
-            self._best_metric = -math.inf if metric is None else metric
-            self.best_epoch = number
+        score = -math.inf if metric is None or math.isnan(metric) else metric
+        if satisfied and score >= self._best_metric:
+            # A state dict has no samples of tensors: what is due on them has to be done before.
+            settle_ranges(self.prepared)
             self._best_state = copy.deepcopy(self.prepared.state_dict())
+            self._best_metric, self.best_epoch = score, number
         if self.callback is not None:
             self.callback(epoch)
 
     def _is_patient_no_more(self) -> bool:
         if self.patience is None or self.best_epoch is None:
             return False
-        return self.history[-1].epoch - self.best_epoch >= self.patience
+        worse = [epoch for epoch in self.history[self.best_epoch :] if epoch.satisfied]
+        return len(worse) >= self.patience
 
     def restore_best(self) -> None:
         """Put `prepared` into the best state that met the budgets, if there is one."""
@@ -261,27 +327,18 @@ class _Run:
 
     def _unpack(self, batch: Any) -> tuple[tuple[Any, ...], Any]:
         if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) < 2:
+            size = f" of {len(batch)}" if isinstance(batch, Sequence) else ""
             raise UsageError(
-                f"a batch is {type(batch).__name__}; fit takes batches (*inputs, target): for others write "
-                f"the loop yourself and use cgmq_fx.attach"
+                f"a batch is {type(batch).__name__}{size}; fit takes batches (*inputs, target): "
+                f"for others write the loop yourself and use cgmq_fx.attach"
             )
-        moved = [
-            item.to(self._device) if isinstance(item, Tensor) else item for item in batch
-        ]
+        moved = [item.to(self._device) if isinstance(item, Tensor) else item for item in batch]
         return tuple(moved[:-1]), moved[-1]
 
 
-class _Silent:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc_info: object) -> None:
-        return None
-
-
-def _bar(show: bool) -> Any:
+def _bar(show: bool) -> AbstractContextManager[Progress | None]:
     if not show:
-        return _Silent()
+        return nullcontext()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -1,5 +1,6 @@
 """`attach`: the one line that puts an existing training loop under a budget."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,35 +32,59 @@ def attach(
         prepared: what `prepare` returned.
         optimizer: an optimizer over the parameters of `prepared`.
         direction: the rule that moves the gates: ``fisher``, or ``dir_1``, ``dir_2``, ``dir_3``.
-        total_steps: optimizer steps of the whole run, where known: the bit-widths then take a fifth of it
-            to fall, and the weights the rest to adapt. Otherwise they fall in 400 steps.
+        total_steps: optimizer steps of the whole run, where known: the bit-widths then take a fifth
+            of it to fall, and the weights the rest to adapt. Otherwise they fall in 400 steps.
 
     Raises:
-        UsageError: `prepared` is not a prepared model, the optimizer does not train it, or another
-            argument makes no sense.
+        UsageError: `prepared` is not a prepared model, the optimizer does not train it or is guided
+            already, or another argument makes no sense.
     """
-    if not isinstance(prepared, PreparedModule):
+    check_prepared(prepared, "attach")
+    if not isinstance(optimizer, Optimizer):
         raise UsageError(
-            f"attach got {type(prepared).__name__}, which prepare did not return; call "
-            f"prepared = cgmq_fx.prepare(model, budget) and attach(prepared, optimizer)"
+            f"attach got the optimizer {type(optimizer).__name__}; give a torch.optim.Optimizer "
+            f"over prepared.parameters()"
         )
     if total_steps is not None and total_steps < 1:
         raise UsageError(f"total_steps={total_steps} must be at least 1, or None where unknown")
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(parameter) in trained for parameter in prepared.parameters()):
         raise UsageError(
-            "the optimizer holds none of the prepared model's parameters: prepare works on a copy of the "
-            "model; make the optimizer from prepared.parameters()"
+            "the optimizer holds none of the prepared model's parameters: prepare works on a copy "
+            "of the model; make the optimizer from prepared.parameters()"
+        )
+    if any(_guides(hook, prepared) for hook in optimizer._optimizer_step_pre_hooks.values()):
+        raise UsageError(
+            f"{type(optimizer).__name__} is guided for this prepared model already; attach once, "
+            f"or call detach() on the guide of before"
         )
     return Guide(prepared, optimizer, direction, total_steps)
+
+
+def check_prepared(prepared: object, caller: str) -> None:
+    """Refuse what `prepare` did not return.
+
+    Raises:
+        UsageError: it is something else; the message names `caller`.
+    """
+    if not isinstance(prepared, PreparedModule):
+        raise UsageError(
+            f"{caller} got {type(prepared).__name__}, which prepare did not return; call "
+            f"prepared = cgmq_fx.prepare(model, budget) and {caller}(prepared, ...)"
+        )
+
+
+def _guides(hook: object, prepared: PreparedModule) -> bool:
+    guide = getattr(hook, "__self__", None)
+    return isinstance(guide, Guide) and guide.prepared is prepared
 
 
 class Guide:
     """Moves the bit-widths of a prepared model while an optimizer trains it.
 
-    Before each step it takes the statistics of the gradients and refuses ones that are not finite, so
-    that nothing is lost; after each step it checks, at fixed points of the run, the budgets exactly and
-    moves the gates.
+    Before each step it takes the statistics of the gradients and refuses ones that are not finite,
+    so that nothing is lost; after each step it checks, at fixed points of the run, the budgets
+    exactly and moves the gates.
     """
 
     def __init__(
@@ -73,8 +98,9 @@ class Guide:
         self._direction = direction_named(direction)
         self._settles = direction == "fisher"
         descent = _DESCENT_STEPS if total_steps is None else round(total_steps * _DESCENT_SHARE)
-        self._every = max(1, descent // _CHECKS)
-        self._descent = self._every * _CHECKS
+        checks = min(_CHECKS, max(1, descent))
+        self._every = max(1, descent // checks)
+        self._descent = self._every * checks
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -82,7 +108,7 @@ class Guide:
 
     @property
     def is_satisfied(self) -> bool:
-        """Whether the present bit-widths meet every budget."""
+        """Whether the present bit-widths meet every budget; False while shapes are not known."""
         bits = list(self.prepared.bit_widths.values())
         return self.prepared.plan.is_priced and self.prepared.plan.accounting.is_satisfied(bits)
 
@@ -91,7 +117,27 @@ class Guide:
         for handle in self._handles:
             handle.remove()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Take the gradients' statistics; with a closure, whenever that has computed gradients."""
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._followed(kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):  # the first is the optimizer
+            return (args[0], self._followed(args[1]), *args[2:]), kwargs
+        self._take_statistics()
+        return None
+
+    def _followed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            loss = closure()
+            self._take_statistics()
+            return loss
+
+        return evaluate
+
+    def _take_statistics(self) -> None:
+        """Clear the probes, so that no optimizer moves them, and keep what they say."""
         plan, quantizers = self.prepared.plan, self.prepared.quantizers.values()
         probes = [quantizer.probe for quantizer in quantizers]
         gradients = [
@@ -114,18 +160,22 @@ class Guide:
         wrong = [names[int(i)] for i in (~torch.isfinite(statistics).all(1)).nonzero().flatten()]
         listed = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
         raise TrainingError(
-            f"step {int(self.prepared.plan.steps)}: the gradients at {len(wrong)} of {len(names)} quantizers "
-            f"are not finite ({listed}); the optimizer has not stepped, so weights and bit-widths are as "
-            f"before. Check the loss and the inputs for NaN, lower the learning rate, or clip gradients; "
-            f"cgmq_fx.lower still works on the present state"
+            f"step {int(self.prepared.plan.steps)}: the gradients at {len(wrong)} of {len(names)} "
+            f"quantizers are not finite ({listed}); the optimizer has not stepped, so weights and "
+            f"bit-widths are as before. Check the loss and the inputs for NaN, lower the learning "
+            f"rate, or clip gradients; cgmq_fx.lower still works on the present state"
         )
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         plan = self.prepared.plan
         plan.steps += 1
         steps = int(plan.steps)
-        if steps % self._every == 0 and plan.is_priced:
-            progress = steps / self._descent
-            if self._settles and progress > 1 and steps != 2 * self._descent:
-                return
+        if steps % self._every or not plan.is_priced:
+            return
+        progress = steps / self._descent
+        # At twice the descent it solves once more, with what was learned of the narrow widths.
+        is_settled = self._settles and progress > 1 and steps != 2 * self._descent
+        if not (is_settled and self.is_satisfied):
             self._direction.update(self.prepared, min(1.0, progress))

@@ -1,4 +1,4 @@
-"""What a prepared graph remembers: budget, cost tables, and the accounting once shapes are known."""
+"""What a prepared graph remembers: budget, cost tables, and the accounting once it is known."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ class Plan(nn.Module):
     Attributes:
         settings: the arguments of `prepare`.
         steps: optimizer steps taken under a guide; a buffer, shape ().
-        statistics: what the guide knows of each site's gradient, a running mean over steps of its mean
-            and of its sum of squares; a buffer, shape ``(sites, 2)``.
+        statistics: what the guide knows of each site's gradient, a running mean over steps of its
+            mean and of its sum of squares; a buffer, shape ``(sites, 2)``.
     """
 
     steps: torch.Tensor
@@ -73,8 +73,8 @@ class Plan(nn.Module):
         """
         if self._accounting is None:
             raise TrainingError(
-                "this prepared model has seen no batch, so that shapes and costs are not known; run it once "
-                "on a batch, or call prepare with example_inputs=(...)"
+                "this prepared model has seen no batch, so that shapes and costs are not known; "
+                "run it once on a batch, or call prepare with example_inputs=(...)"
             )
         return self._accounting
 

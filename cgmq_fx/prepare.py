@@ -54,24 +54,24 @@ def prepare(
 ) -> PreparedModule:
     """Return a copy of `model` whose weights and activations have learnable bit-widths.
 
-    The copy computes what the model does, bit for bit, while every bit-width is 32. It has every key of
-    the model's state dict and loads its checkpoints. Train it as the model is trained, with
+    The copy computes what the model does, bit for bit, while every bit-width is 32. It has every
+    key of the model's state dict and loads its checkpoints. Train it as the model is trained, with
     `cgmq_fx.attach` or `cgmq_fx.fit`, and take the result with `cgmq_fx.lower`.
 
     Args:
         model: the float model, left untouched. Train it first: what it has learned is the start.
-        budget: an upper bound: a share of the 32-bit reference cost (``"0.5%"`` or 0.005), an amount
-            (``"12 MBOP"``), a mapping from resources to these, or a `Budget`.
-        example_inputs: the inputs of one call, of which shapes and dtypes matter. Without them shapes
-            come from the first batch, and branches on shapes cannot be traced.
+        budget: an upper bound: a share of the 32-bit reference cost (``"0.5%"`` or 0.005), an
+            amount (``"12 MBOP"``), a mapping from resources to these, or a `Budget`.
+        example_inputs: the inputs of one call, of which shapes and dtypes matter. Without them
+            shapes come from the first batch, and branches on shapes cannot be traced.
         cost_table: the prices: the name of a built-in table, a path, a `CostTable`, or several of
             these; by default bit-operations.
         widths: the bit-widths that learned quantizers may take, 2 to 16 and 32.
         learn_input_bits: learn the bit-width of the inputs too. Otherwise they arrive with the cost
             table's ``input_bits`` and are quantized to that.
         per_channel: give weights a range for each output channel, not one for the whole tensor.
-        batch_axis: the axis of the inputs that counts samples; costs are for one sample. None: costs
-            are for the inputs as they are.
+        batch_axis: the axis of the inputs that counts samples; costs are for one sample. None:
+            costs are for the inputs as they are.
 
     Raises:
         BudgetError: the budget is malformed, or infeasible for the shapes of `example_inputs`.
@@ -86,7 +86,8 @@ def prepare(
     Pipeline(_passes(settings, inputs)).run(gm)
     if not hasattr(gm, QUANTIZERS):
         gm.add_module(QUANTIZERS, QuantizerSet())
-    gm.add_module(PLAN, Plan(settings, len(gm.quantizers)))
+    num_sites = sum(1 for _ in gm.get_submodule(QUANTIZERS).children())
+    gm.add_module(PLAN, Plan(settings, num_sites))
     prepared = PreparedModule(gm, gm.graph, class_name=type(model).__name__)
     if inputs is not None:
         prepared.price(inputs)
@@ -122,15 +123,13 @@ def _settings(
 
 
 def _tables(cost_table: Table | Sequence[Table] | None) -> dict[str, CostTable]:
-    if cost_table is None:
-        cost_table = "bops"
-    several = isinstance(cost_table, list | tuple)
-    tables = [load_table(table) for table in (cost_table if several else [cost_table])]  # type: ignore[list-item, arg-type]
+    given: Any = "bops" if cost_table is None else cost_table
+    tables = [load_table(item) for item in (given if isinstance(given, list | tuple) else [given])]
     by_name = {table.name: table for table in tables}
     if not tables or len(by_name) < len(tables):
         raise UsageError(
-            f"cost_table names {[table.name for table in tables]}; give at least one table, and each "
-            f"name once"
+            f"cost_table names {[table.name for table in tables]}; give at least one table, and "
+            f"each name once"
         )
     return by_name
 
@@ -139,8 +138,8 @@ def _checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
     wrong = [width for width in widths if not is_width(width)]
     if wrong or not widths:
         raise UsageError(
-            f"widths={tuple(widths)!r} {f'has {wrong}' if wrong else 'is empty'}; give bit-widths from 2 to 16, "
-            f"or 32, such as {DEFAULT_WIDTHS}"
+            f"widths={tuple(widths)!r} {f'has {wrong}' if wrong else 'is empty'}; give bit-widths "
+            f"from 2 to 16, or 32, such as {DEFAULT_WIDTHS}"
         )
     # 32 bits is where training starts; where the hardware has no such width, pricing removes it.
     return tuple(sorted({*widths, FLOAT_WIDTH}))
@@ -151,20 +150,21 @@ def _copy(model: nn.Module) -> nn.Module:
         raise UsageError(f"model is {type(model).__name__}, not an nn.Module; give the float model")
     if is_prepared(model):
         raise UsageError(
-            f"{type(model).__name__} is prepared already; give prepare the float model that it was made "
-            f"from, or train this one with cgmq_fx.attach"
+            f"{type(model).__name__} is prepared already; give prepare the float model that it was "
+            f"made from, or train this one with cgmq_fx.attach"
         )
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has uninitialised lazy parameters {lazy}; run it once on a batch first"
+            f"{type(model).__name__} has uninitialised lazy parameters {lazy}; run it once on a "
+            f"batch first"
         )
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and prepare leaves "
-            f"your model untouched; make copy.deepcopy(model) work first"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and "
+            f"prepare leaves your model untouched; make copy.deepcopy(model) work first"
         ) from error
 
 
@@ -176,8 +176,8 @@ def _bound_inputs(
         example_inputs = (example_inputs,)
     if not isinstance(example_inputs, Sequence | Mapping) or not example_inputs:
         raise UsageError(
-            f"example_inputs is {type(example_inputs).__name__}; give a tuple of the model's inputs, such as "
-            f"(x,), or a dict of keyword inputs"
+            f"example_inputs is {type(example_inputs).__name__}; give a tuple of the model's "
+            f"inputs, such as (x,), or a dict of keyword inputs"
         )
     args, kwargs = (
         ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})

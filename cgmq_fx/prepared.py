@@ -118,8 +118,8 @@ def bind_inputs(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any])
     unknown = sorted(set(kwargs) - set(names))
     if len(args) > len(names) or unknown:
         raise UnsupportedModelError(
-            f"the model takes the inputs {names}, but was given {len(args)} positional and {unknown or 'no'} "
-            f"unknown keyword inputs; call it as the float model is called"
+            f"the model takes the inputs {names}, but was given {len(args)} positional and "
+            f"{unknown or 'no'} unknown keyword inputs; call it as the float model is called"
         )
     values = []
     for position, (node, name) in enumerate(zip(placeholders, names, strict=True)):

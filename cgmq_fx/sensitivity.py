@@ -14,8 +14,8 @@ def predicted_loss(prepared: PreparedModule) -> list[dict[int, float]]:
     """Return for each site the predicted rise of the loss at each of its allowed bit-widths.
 
     Second-order Taylor expansion with the empirical Fisher information on the diagonal: the rise is
-    proportional to the sum of squared gradients times the mean squared error of the rounding. Before
-    any gradient is known every tensor counts the same, by its error relative to its size.
+    proportional to the sum of squared gradients times the mean squared error of the rounding.
+    Before any gradient is known every tensor counts the same, by its error relative to its size.
     """
     squares = prepared.plan.statistics[:, SQUARES].tolist()
     known = any(square > 0 for square in squares)
@@ -49,7 +49,7 @@ def rounding_error(quantizer: Quantizer, bits: int) -> float:
         return 0.0
     if quantizer.has_sample:
         return quantizer.expected_noise(bits)
-    return (_range(quantizer) / 2 ** (bits - 1)) ** 2 / 12
+    return float((_range(quantizer) / 2 ** (bits - 1)) ** 2 / 12)
 
 
 def _range(quantizer: Quantizer) -> float:

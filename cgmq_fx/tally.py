@@ -25,7 +25,8 @@ class Bound:
 class Tally:
     """The bit-widths of all sites and what they come to, kept exact move by move.
 
-    A move costs time in proportion to the operations that its site takes part in, not to the network.
+    A move costs time in proportion to the operations that its site takes part in, not to the
+    network.
 
     Args:
         accounting: sites and exact costs.

@@ -1,6 +1,6 @@
 """Writes on every node which operation it is, and which operands of it can be quantized."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -8,6 +8,7 @@ from torch import fx
 
 from cgmq_fx.cost.operation import Operands
 from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.deployed import shared_writes
 from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, MetaKey, OperandRef, OpInfo
 from cgmq_fx.passes.op_classes import class_of_function, class_of_method, class_of_module
 from cgmq_fx.quantizers import Quantizer
@@ -48,9 +49,14 @@ class AnnotateOperations(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Annotate `gm`; see `GraphPass.run`."""
+        shared = shared_writes(gm.graph)
         for node in gm.graph.nodes:
             IS_CONSTANT.set(node, _is_constant(gm, node))
-            OP_INFO.set(node, _op_info(gm, node))
+            info = _op_info(gm, node)
+            if node in shared:  # writing to a quantized copy, it would not change the tensor
+                reason = "it changes a tensor in place that is read again"
+                info = replace(info, operands="none", refs=(), reason=reason)
+            OP_INFO.set(node, info)
         return False
 
 

@@ -30,9 +30,10 @@ from cgmq_fx.passes.meta import (
 class AnnotateWork(GraphPass):
     """Write `WORK` on every node: its `Operation` records, none for what only rearranges.
 
-    MACs are computed from shapes. A convolution does ``in_channels / groups * kernel`` MACs for each
-    output element, its transpose ``out_channels / groups * kernel`` for each *input* element. Attention
-    is two operations: ``qk`` (query times key) and ``pv`` (attention weights times value).
+    MACs are computed from shapes. A convolution does ``in_channels / groups * kernel`` MACs for
+    each output element, its transpose ``out_channels / groups * kernel`` for each *input* element.
+    Attention is two operations: ``qk`` (query times key) and ``pv`` (attention weights times
+    value).
     """
 
     name: ClassVar[str] = "annotate-work"
@@ -56,7 +57,9 @@ class _Names:
     def unique(self, node: fx.Node) -> str:
         path = MODULE_PATH.find(node)
         base = (
-            node.name if path is None or node.op == "call_function" and not _is_own(node) else path
+            node.name
+            if path is None or (node.op == "call_function" and not _is_own(node))
+            else path
         )
         name, count = base, 1
         while name in self._used:
@@ -139,7 +142,9 @@ def _conv(
     transposed = info.op.startswith("conv_transpose")
     names = ("stride", "padding", "output_padding", "groups", "dilation") if transposed else (
         "stride", "padding", "dilation", "groups")  # fmt: skip
-    given = {name: node.args[3 + i] for i, name in enumerate(names) if 3 + i < len(node.args)}
+    given: dict[str, Any] = {
+        name: node.args[3 + i] for i, name in enumerate(names) if 3 + i < len(node.args)
+    }
     given.update({name: node.kwargs[name] for name in names if name in node.kwargs})
     groups, kernel = int(given.get("groups", 1)), weight.shape[2:]
     first, second = weight.shape[:2]
@@ -206,7 +211,14 @@ def _attention(node: fx.Node, info: OpInfo, name: str, output: TensorInfo) -> tu
     scores = batch * m * source
 
     def part(label: str, macs: int, elements: int, inputs: int, n: int, inner: int) -> Operation:
-        attributes = {"part": label, "batch": batch, "heads": batch, "m": m, "n": n, "k": inner}
+        attributes: dict[str, Attribute] = {
+            "part": label,
+            "batch": batch,
+            "heads": batch,
+            "m": m,
+            "n": n,
+            "k": inner,
+        }
         return Operation(
             f"{name}.{label}", "attention", info.target, "pair", macs, elements, inputs, 0,
             MappingProxyType(attributes),

@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -60,7 +60,30 @@ def deployed_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Return the nodes whose tensors may change after they were computed."""
-    return frozenset(seen for node in graph.nodes if is_write(node) for seen in _storage(node))
+    return frozenset(node for family in _older_names(graph).values() for node in family)
+
+
+def shared_writes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Return the nodes that change a tensor in place which is read again under an older name."""
+    return frozenset(
+        write
+        for write, family in _older_names(graph).items()
+        if any(user > write for node in family for user in node.users)
+    )
+
+
+def _older_names(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Return for each write the nodes before it that may share the memory it changes."""
+    shares = {node: set(_memory_sources(node)) for node in graph.nodes}
+    for node in graph.nodes:
+        for source in _memory_sources(node):
+            shares[source].add(node)
+    families = {
+        node: _reachable(node.all_input_nodes[:1], shares.__getitem__)
+        for node in graph.nodes
+        if is_write(node)
+    }
+    return {write: [n for n in family if n < write] for write, family in families.items()}
 
 
 def is_write(node: fx.Node) -> bool:
@@ -125,15 +148,27 @@ def _is_question(node: fx.Node) -> bool:
 
 def _storage(write: fx.Node) -> frozenset[fx.Node]:
     """Return the nodes whose tensors may share memory with what `write` writes to."""
+    return _reachable(write.all_input_nodes[:1], _memory_sources)
+
+
+def _memory_sources(node: fx.Node) -> list[fx.Node]:
+    """Return the operands whose memory the result of `node` may be."""
+    if is_write(node):
+        return node.all_input_nodes[:1]
+    asks = node.target in (getattr, len) or node.target in _QUESTION_METHODS
+    return [] if asks or _op_class(node) in _ALLOCATING else node.all_input_nodes
+
+
+def _reachable(
+    start: Iterable[fx.Node], neighbours: Callable[[fx.Node], Iterable[fx.Node]]
+) -> frozenset[fx.Node]:
     found: set[fx.Node] = set()
-    open_nodes = write.all_input_nodes[:1]
+    open_nodes = list(start)
     while open_nodes:
         node = open_nodes.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if is_write(node) or _op_class(node) not in _ALLOCATING:
-            open_nodes.extend(node.all_input_nodes)
+        if node not in found:
+            found.add(node)
+            open_nodes.extend(neighbours(node))
     return frozenset(found)
 
 

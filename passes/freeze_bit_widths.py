@@ -13,7 +13,7 @@ from cgmq_fx.frozen import FrozenAttention, FrozenModule, FrozenQuantizer, Froze
 from cgmq_fx.gates import FLOAT_WIDTH
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.constants import constant_value
-from cgmq_fx.passes.deployed import is_write, written_nodes
+from cgmq_fx.passes.deployed import written_nodes
 from cgmq_fx.passes.meta import (
     COUNTED_MACS,
     IS_CONSTANT,
@@ -118,7 +118,7 @@ class _Freezer:
             if isinstance(quantizer, AttentionQuantizer):
                 new = self._attention(node, quantizer)
             elif quantizer.bit_width == FLOAT_WIDTH or not reads_floats(node):
-                new = self._float(node)
+                new = node.all_input_nodes[0]
             elif quantizer.spec.role == "weight":
                 new = self._weight(node, quantizer)
             else:
@@ -128,14 +128,6 @@ class _Freezer:
             _copy_annotation(VALUE, node, new)
         node.replace_all_uses_with(new)
         return erase_unused(node)
-
-    def _float(self, node: fx.Node) -> fx.Node:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if any(is_write(user) and user.all_input_nodes[0] is node for user in node.users):
-            # The quantizer handed out a copy; what writes to it must not reach the original.
-            return self.gm.graph.call_method("clone", (source,))
-        return source
 
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> fx.Node:
         source = node.args[0]

@@ -31,7 +31,8 @@ class Functionalize(GraphPass):
     """Replace each call of a layer that owns parameters by the functions that it calls.
 
     The layer's parameters become `get_attr` nodes under their old names, so that every key of the
-    state dict stays. Layers with a train/eval mode, with hooks, or whose forward cannot be recorded stay.
+    state dict stays. Layers with a train/eval mode, with hooks, or whose forward cannot be recorded
+    stay.
 
     Numerics: exact.
     """
@@ -40,7 +41,8 @@ class Functionalize(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Open every layer that can be opened; see `GraphPass.run`."""
-        return any([_open_node(gm, node) for node in list(gm.graph.nodes)])
+        opened = [_open_node(gm, node) for node in list(gm.graph.nodes)]
+        return any(opened)
 
 
 class _Recorder(GraphAppendingTracer):
@@ -98,7 +100,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> Any:
     recorder = _Recorder(gm.graph)
     twin = _with_proxies(module, str(node.target), recorder)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)  # type: ignore[arg-type]
     if isinstance(module, _ConvTransposeNd) and _output_size(node) is not None:
         twin.__dict__["_output_padding"] = _recorded(recorder, find_output_padding)
     if not isinstance(module, nn.MultiheadAttention):

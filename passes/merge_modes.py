@@ -1,8 +1,9 @@
 """One graph for a model that branches on its training mode.
 
-The model is traced twice, once for each branch. Where both traces compute the same, one node serves;
-where they differ, both compute, and the output picks by the mode. Only differences that neither draw
-random numbers nor change state are merged: computing the other branch must not be observable.
+The model is traced twice, once for each branch. Where both traces compute the same, one node
+serves; where they differ, both compute, and the output picks by the mode. Only differences that
+neither draw random numbers nor change state are merged: computing the other branch must not be
+observable.
 """
 
 from collections.abc import Sequence
@@ -66,6 +67,6 @@ def _check_pure(node: fx.Node, places: Sequence[str]) -> None:
     if node.op == "call_module" or node.is_impure():
         raise UnsupportedModelError(
             f"the model computes '{node.format_node()}' only in evaluation mode (it branches on "
-            f"self.training at {', '.join(dict.fromkeys(places))}), and that layer may hold state; move the "
-            f"branch into a parameterless module, or prepare the model without it"
+            f"self.training at {', '.join(dict.fromkeys(places))}), and that layer may hold state; "
+            f"move the branch into a parameterless module, or prepare the model without it"
         )

@@ -1,8 +1,8 @@
 """Typed keys for what analysis passes write on graph nodes.
 
-This is the only file that spells a `node.meta` key. Values are frozen: a deep copy of a graph shares
-them, and a change in one copy must never show in another. `node.meta` is a cache that re-tracing and
-pickling lose; what must last lives in the modules of the graph.
+This is the only file that spells a `node.meta` key. Values are frozen: a deep copy of a graph
+shares them, and a change in one copy must never show in another. `node.meta` is a cache that
+re-tracing and pickling lose; what must last lives in the modules of the graph.
 """
 
 from dataclasses import dataclass

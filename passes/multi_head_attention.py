@@ -1,7 +1,7 @@
-"""`nn.MultiheadAttention` written as projections and attention, so that each product is an operation.
+"""`nn.MultiheadAttention` as projections and attention, so that each product is an operation.
 
-Follows `torch.nn.functional.multi_head_attention_forward` step by step: the same operations in the same
-order give the same numbers. Batched inputs only.
+Follows `torch.nn.functional.multi_head_attention_forward` step by step: the same operations in the
+same order give the same numbers. Batched inputs only.
 """
 
 import math
@@ -80,7 +80,8 @@ def open_attention(
     Args:
         attention: the module, with proxies in place of its parameters.
         mode: the proxy of the training mode.
-        query: ``(batch, target, embedding)`` where ``batch_first``, else ``(target, batch, embedding)``.
+        query: ``(batch, target, embedding)`` where ``batch_first``, else ``(target, batch,
+            embedding)``.
         key: likewise, with the length of the source.
         value: likewise.
         key_padding_mask: as in `nn.MultiheadAttention`.

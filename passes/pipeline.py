@@ -40,8 +40,9 @@ class Pipeline:
             missing = pass_.requires - have
             if missing:
                 raise PassError(
-                    f"pass {index} '{pass_.name}' requires {_names(frozenset(missing))}, which no earlier "
-                    f"pass provides; put {', '.join(sorted(k.written_by for k in missing))} before it"
+                    f"pass {index} '{pass_.name}' requires {_names(frozenset(missing))}, which no "
+                    f"earlier pass provides; put "
+                    f"{', '.join(sorted(k.written_by for k in missing))} before it"
                 )
             have -= pass_.invalidates
             have |= pass_.provides

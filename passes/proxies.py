@@ -1,8 +1,8 @@
 """Proxies that record in-place operations and answer questions whose answer shapes decide.
 
-`torch.fx.Proxy` turns ``x += y`` into ``x = x + y``, which is another program when ``x`` has a second
-name, and cannot answer ``len(x)`` or ``range(x.shape[1])``. These do; what they answer comes from the
-tracer, which records a guard for each answer.
+`torch.fx.Proxy` turns ``x += y`` into ``x = x + y``, which is another program when ``x`` has a
+second name, and cannot answer ``len(x)`` or ``range(x.shape[1])``. These do; what they answer comes
+from the tracer, which records a guard for each answer.
 """
 
 import operator
@@ -41,7 +41,7 @@ class TracedValue(fx.Proxy):
         return float(self._answer("a float"))
 
     def __len__(self) -> int:
-        length = self.tracer.create_proxy("call_function", len, (self,), {})
+        length: Any = self.tracer.create_proxy("call_function", len, (self,), {})
         return int(length)
 
     def __contains__(self, item: object) -> bool:

@@ -34,10 +34,10 @@ _ATTRIBUTES = frozenset(dir(QuantizerSet()))
 class ShareQuantizers(GraphPass):
     """Write `SITES` on every node: which of its operands read which quantizer.
 
-    A quantizer belongs to a tensor, so all operations that read the tensor share it. Parameters that
-    are one object under several names (tied weights) are one tensor. An operation outside `ops` that
-    looks up a shared weight, such as the embedding tied to an output layer, reads the quantized one
-    too: the weight is stored once.
+    A quantizer belongs to a tensor, so all operations that read the tensor share it. Parameters
+    that are one object under several names (tied weights) are one tensor. An operation outside
+    `ops` that looks up a shared weight, such as the embedding tied to an output layer, reads the
+    quantized one too: the weight is stored once.
 
     Args:
         ops: operation classes, or FX targets in full, all of whose operands are quantized.

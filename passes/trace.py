@@ -2,8 +2,8 @@
 
 Beyond `torch.fx.symbolic_trace`:
   * In-place operators stay in place.
-  * ``self.training`` is read while the graph runs, so that `train()` and `eval()` keep their meaning.
-    A parameterless module that branches on it (a drop-path) stays a module.
+  * ``self.training`` is read while the graph runs, so that `train()` and `eval()` keep their
+    meaning. A parameterless module that branches on it (a drop-path) stays a module.
   * With example inputs, a branch on a shape is decided by it, and the graph guards the decision.
   * A Python function marked with `torch.fx.wrap` is opened when its body can be traced.
   * A layer of torch.nn is one node; a composite of torch.nn (a transformer layer) is opened.
@@ -34,12 +34,13 @@ def trace(
     """Trace `model` into a graph module that holds the same submodules, parameters and buffers.
 
     Args:
-        model: the module; where the graph reads the mode, it gains a submodule `TRAINING_MODE`. It is
-            shared with the result.
-        inputs: one value for each argument of the model's forward, of which shapes and dtypes matter;
-            None when they are not known. What is not a tensor is taken as it is, and guarded.
-        batch_axis: the axis of the inputs that counts samples. A branch must not be decided by a batch
-            of one, so it is traced as a batch of two where the model allows.
+        model: the module; where the graph reads the mode, it gains a submodule `TRAINING_MODE`. It
+            is shared with the result.
+        inputs: one value for each argument of the model's forward, of which shapes and dtypes
+            matter; None when they are not known. What is not a tensor is taken as it is, and
+            guarded.
+        batch_axis: the axis of the inputs that counts samples. A branch must not be decided by a
+            batch of one, so it is traced as a batch of two where the model allows.
         reserved: names that later passes will give to submodules.
 
     Raises:
@@ -123,10 +124,10 @@ def _trace_once(
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be traced at {_user_line(error)}: {type(error).__name__}: "
-            f"{error}\nWays out: give prepare example_inputs=(...) so that shapes decide branches; move the "
-            f"code into a function marked with torch.fx.wrap, which then stays one operation; or prepare "
-            f"the traceable part of the model alone."
+            f"{type(model).__name__} cannot be traced at {_user_line(error)}: "
+            f"{type(error).__name__}: {error}\nWays out: give prepare example_inputs=(...) so that "
+            f"shapes decide branches; move the code into a function marked with torch.fx.wrap, "
+            f"which then stays one operation; or prepare the traceable part of the model alone."
         ) from error
 
 

@@ -99,7 +99,7 @@ class ModelTracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Trace into `m` or record a call; a closable module that asks for the mode stays closed."""
+        """Trace into `m` or record a call; a closable module that asks for the mode is recorded."""
         if self.evaluator is not None and self.evaluator.running:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
@@ -209,8 +209,9 @@ class ModelTracer(fx.Tracer):
         value = self.evaluator.value(proxy.node)
         if value is UNKNOWN or isinstance(value, torch.Tensor):
             raise TraceError(
-                f"{where}: the model asks for {question} of a tensor's data, which is known only when it "
-                f"runs; move the branch into a module or function of its own, or write it with torch.where"
+                f"{where}: the model asks for {question} of a tensor's data, which is known only "
+                f"when it runs; move the branch into a module or function of its own, or write it "
+                f"with torch.where"
             )
         guard = (proxy, value, where)
         super().create_proxy("call_function", check_same, guard, {})

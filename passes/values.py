@@ -55,7 +55,7 @@ def find_attribute(module: nn.Module, path: str) -> Any:
 
 
 def execute(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
-    """Return what `node` computes from the given values; parameters become fake tensors of `mode`."""
+    """Return what `node` computes from the given values, with parameters as fake tensors."""
     match node.op:
         case "get_attr":
             return to_fake(mode, find_attribute(module, str(node.target)))
@@ -81,7 +81,7 @@ def _normalized(batch_norm: _BatchNorm, data: torch.Tensor) -> torch.Tensor:
 
 
 def _mutable(value: Any) -> Any:
-    """Return containers of torch.fx as plain ones: a closed function may change what it is given."""
+    """Return containers of torch.fx as plain ones: a closed function may change its arguments."""
     if isinstance(value, list):
         return [_mutable(item) for item in value]
     if isinstance(value, dict):
@@ -92,8 +92,9 @@ def _mutable(value: Any) -> Any:
 class ValueEvaluator:
     """Computes, on demand and once, the value of each node of a graph that is being traced.
 
-    A value is a fake tensor, or whatever Python value the node produces; `UNKNOWN` where that depends
-    on the data in a tensor. `running` is true while a value is computed, when calls must not be traced.
+    A value is a fake tensor, or whatever Python value the node produces; `UNKNOWN` where that
+    depends on the data in a tensor. `running` is true while a value is computed, when calls must
+    not be traced.
     """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:

@@ -187,7 +187,12 @@ def stored_elements(model: nn.Module, prepared: PreparedModule) -> int:
         if name.startswith("extra."):  # the classifier that only training computes
             tensors.pop(id(parameter))
     tensors |= {id(b): b for name, b in model.named_buffers() if name in read}
-    return sum(tensor.numel() for tensor in tensors.values())
+    folded = [  # what a batch norm without parameters becomes: a scale and a bias
+        2 * module.num_features
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.affine
+    ]
+    return sum(tensor.numel() for tensor in tensors.values()) + sum(folded)
 
 
 def check_feasibility(drawn: Drawn | ZooCase) -> None:

@@ -107,6 +107,8 @@ def test_a_network_computed_by_hand():
     assert rows["conv"].cost == {"bops": conv * 2 * 8}
     assert rows["conv"].bits == (2, 8)
     assert rows["blocks.1"].cost == {"bops": block * 2 * 2}
+    assert (rows["add"].lhs_bits, rows["add"].rhs_bits) == (32, 32)  # no table prices it
+    assert rows["add"].cost == {"bops": 0}
     assert found.totals == {"bops": conv * 16 + (2 * block + head) * 4}
     assert found.references == {"bops": (conv + 2 * block + head) * 1024}
     assert found.budgets == {"bops": found.references["bops"] * Fraction(5, 100)}
