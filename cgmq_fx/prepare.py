@@ -174,7 +174,8 @@ def _bound_inputs(
     """Return one value for each parameter of the model's forward, as the placeholders will have."""
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
-    if not isinstance(example_inputs, Sequence | Mapping) or not example_inputs:
+    is_text = isinstance(example_inputs, str | bytes)
+    if is_text or not isinstance(example_inputs, Sequence | Mapping) or not example_inputs:
         raise UsageError(
             f"example_inputs is {type(example_inputs).__name__}; give a tuple of the model's "
             f"inputs, such as (x,), or a dict of keyword inputs"

@@ -12,6 +12,7 @@ from torch import fx
 from cgmq_fx.cost.operation import Attribute, Operation
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.einsum import einsum_extents
 from cgmq_fx.passes.meta import (
     COUNTED_MACS,
     MODULE_PATH,
@@ -188,17 +189,9 @@ def _matmul(
 def _einsum(node: fx.Node, operands: list[TensorInfo]) -> tuple[int, Mapping[str, Attribute]]:
     equation = node.args[0]
     assert isinstance(equation, str)
-    terms, _, result = equation.replace(" ", "").partition("->")
-    if "." in equation or not result or len(terms.split(",")) != 2:
-        return COUNTED_MACS.get(node), MappingProxyType({})
-    extents: dict[str, int] = {}
-    for term, operand in zip(terms.split(","), operands, strict=True):
-        extents.update(zip(term, operand.shape, strict=True))
-    lhs, rhs = (set(term) for term in terms.split(","))
-    summed, shared = (lhs & rhs) - set(result), lhs & rhs & set(result)
-    size = {key: math.prod(extents[i] for i in group) for key, group in {
-        "batch": shared, "m": lhs - rhs, "n": rhs - lhs, "k": summed}.items()}  # fmt: skip
-    return math.prod(extents.values()), MappingProxyType(dict(size))
+    extents = einsum_extents(equation, [operand.shape for operand in operands])
+    attributes: dict[str, Attribute] = {**extents}
+    return math.prod(extents.values()), MappingProxyType(attributes)
 
 
 def _attention(node: fx.Node, info: OpInfo, name: str, output: TensorInfo) -> tuple[Operation, ...]:

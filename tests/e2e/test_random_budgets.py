@@ -1,4 +1,5 @@
-"""Every lowered module is within its budget, recomputed by code that shares nothing with training."""
+"""Every lowered module is within its budget, recomputed by code that shares nothing with "
+"training."""
 
 import random
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from cgmq_fx.errors import BudgetError
 from cgmq_fx.gates import FLOAT_WIDTH
 from cgmq_fx.prepare import prepare
 from cgmq_fx.prepared import PreparedModule
-from graph_zoo import ZOO, ZooCase, case
+from graph_zoo import ZOO, ZooCase
 from strategies import Drawn, convolutional_models, language_models, models
 
 GRAPHS = pytest.mark.parametrize("zoo_case", ZOO, ids=lambda item: item.id)
@@ -56,7 +56,7 @@ def assert_same(left: Any, right: Any) -> None:
 
 
 def snapshot(model: nn.Module) -> list[Any]:
-    """All that a user could see change: layers, options, modes, hooks, tensors and their identity."""
+    """All that a user could see change: layers, options, modes, hooks, tensors, identities."""
     return [
         (
             *(name, str(type(module)), module.extra_repr(), module.training, sorted(vars(module))),
@@ -117,7 +117,7 @@ def check_exact(drawn: Drawn | ZooCase, **options: Any) -> None:
 
 def check_covered(drawn: Drawn | ZooCase) -> None:
     """Law 4: what computes has quantizers on its operands, or a reason in the ledger."""
-    model, inputs, prepared = prepared_of(drawn, learn_input_bits=True)
+    _, _, prepared = prepared_of(drawn, learn_input_bits=True)
     accounting = prepared.plan.accounting
     ledger = {entry.name: entry for entry in accounting.ledger}
     assert len(ledger) == len(accounting.operations)

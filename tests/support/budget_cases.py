@@ -14,7 +14,8 @@ Cost = Callable[[int, int], int]
 
 
 def term(name: str, first: int | None, second: int | None, cost: Cost) -> Term:
-    """Return an addend that costs ``cost(first bits, second bits)``; 8 bits where there is no site."""
+    """Return an addend that costs ``cost(first bits, second bits)``; 8 bits where there is no "
+    "site."""
     firsts = (8,) if first is None else WIDTHS
     seconds = (8,) if second is None else WIDTHS
     costs = tuple(tuple(cost(a, b) for b in seconds) for a in firsts)

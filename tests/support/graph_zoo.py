@@ -201,7 +201,6 @@ def _separable(self: Any, x: Tensor) -> Tensor:
     return F.hardswish(self.point(self.depth(x))) * F.hardsigmoid(self.gate(x.mean((2, 3), True)))
 
 
-
 def _residual(self: Any, x: Tensor) -> Tensor:
     return F.relu(self.norm(self.conv(x)) + x)
 
@@ -276,7 +275,9 @@ ZOO = (
         ),
         _images(3, 6, 7),
     ),
-    ZooCase("in-place alias", lambda: Calls(_in_place_alias, conv=nn.Conv2d(1, 2, 3)), _images(1, 5, 5)),
+    ZooCase(
+        "in-place alias", lambda: Calls(_in_place_alias, conv=nn.Conv2d(1, 2, 3)), _images(1, 5, 5)
+    ),
     ZooCase("module twice", lambda: Calls(_twice, layer=nn.Linear(4, 4)), _images(4)),
     ZooCase("products", lambda: Calls(_products, proj=nn.Linear(6, 3, bias=False)), _images(5, 6)),
     ZooCase("functionals", Functionals, _images(1, 7, 7)),
@@ -309,7 +310,9 @@ ZOO = (
         _images(5),
     ),
     ZooCase("auxiliary", Auxiliary, _images(6)),
-    ZooCase("loop on shape", lambda: Calls(_loop_on_shape, cell=nn.Linear(3, 4)), _images(4, 3), True),
+    ZooCase(
+        "loop on shape", lambda: Calls(_loop_on_shape, cell=nn.Linear(3, 4)), _images(4, 3), True
+    ),
     ZooCase(
         "recurrent",
         lambda: Calls(

@@ -1,8 +1,8 @@
 """The cost of a lowered module, found by running it: nothing of the library's accounting is used.
 
-A tensor has the bit-width of the frozen module that returned it, as long as nothing writes to it; any
-other tensor has 32 bits. MACs are half of what `torch.utils.flop_counter` counts. What is read of the
-library are the attributes of its frozen modules, and these are checked against the numbers.
+A tensor has the bit-width of the frozen module that returned it, as long as nothing writes to it;
+any other tensor has 32 bits. MACs are half of what `torch.utils.flop_counter` counts. What is read
+of the library are the attributes of its frozen modules, and these are checked against the numbers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

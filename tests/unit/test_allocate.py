@@ -49,7 +49,8 @@ def test_nothing_moves_within_the_budget():
 
 
 def test_fill_gives_slack_back():
-    """Going down b must fall to 16 bits or less; what that leaves of the limit is worth 8 bits of a."""
+    """Going down b must fall to 16 bits or less; what that leaves of the limit is worth 8 bits of "
+    "a."""
     limit = 8 * (900 * 16 + 100 * 8)
     found = two_layers(limit)
     chosen = allocate(found, losses([WIDTHS] * 2, [1e-9, 1.0]))

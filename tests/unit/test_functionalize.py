@@ -74,7 +74,9 @@ def test_a_hooked_layer_stays_and_its_hook_runs():
 
 
 def test_a_parametrized_layer_is_opened_with_its_parametrization():
-    model = Calls(lambda self, x: self.layer(x), layer=parametrizations.weight_norm(nn.Linear(4, 3)))
+    model = Calls(
+        lambda self, x: self.layer(x), layer=parametrizations.weight_norm(nn.Linear(4, 3))
+    )
     gm, x = opened(model), torch.randn(2, 4)
     assert F.linear in calls(gm, "call_function")
     assert torch.equal(gm(x), model(x))
