@@ -12,6 +12,7 @@ from cgmq_fx.errors import UsageError as UsageError
 from cgmq_fx.fit import accuracy as accuracy
 from cgmq_fx.fit import fit as fit
 from cgmq_fx.guide import attach as attach
+from cgmq_fx.ledger import ledger as ledger
 from cgmq_fx.lower import lower as lower
 from cgmq_fx.prepare import prepare as prepare
 from cgmq_fx.report import report as report

@@ -1,7 +1,8 @@
 """Builds the accounting of a prepared graph: analysis, operations bound to quantizers, prices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx, nn
@@ -9,23 +10,30 @@ from torch import fx, nn
 from cgmq_fx.accounting import Accounting, Coverage, LedgerEntry, Site
 from cgmq_fx.budget import Limit
 from cgmq_fx.cost.operation import BitSource, BoundOperation, Operation
+from cgmq_fx.cost.peak_memory import PEAK_ACTIVATION_MEMORY, PeakMemory
 from cgmq_fx.cost.table import CostTable
-from cgmq_fx.cost.totals import FLOAT_BITS, SumResource, price, weight_memory
+from cgmq_fx.cost.totals import FLOAT_BITS, Resource, SumResource, price, weight_memory
 from cgmq_fx.errors import CostTableError
 from cgmq_fx.passes.annotate_operations import AnnotateOperations, operand_of
 from cgmq_fx.passes.annotate_shapes import AnnotateShapes
 from cgmq_fx.passes.annotate_work import AnnotateWork, first_tensor
 from cgmq_fx.passes.deployed import deployed_nodes
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS
+from cgmq_fx.passes.liveness import live_buffers
 from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, PRICES, VALUE, WORK, OpInfo
 from cgmq_fx.passes.pipeline import Pipeline
 from cgmq_fx.passes.price_operations import PriceOperations
 from cgmq_fx.passes.share_quantizers import is_quantizer
 from cgmq_fx.passes.values import find_attribute
+from cgmq_fx.quantizer_spec import QuantizerSpec
 from cgmq_fx.quantizers import QuantizerSet
 
 #: Name of the built-in resource that counts every parameter once, packed.
 WEIGHT_MEMORY = "weight_memory"
+#: Unit of each resource that no table prices, by its name.
+BUILT_IN: Mapping[str, str] = MappingProxyType(
+    {WEIGHT_MEMORY: "byte", PEAK_ACTIVATION_MEMORY: "byte"}
+)
 
 
 def account(
@@ -57,28 +65,56 @@ def account(
     return _Accountant(gm).account(tables, limits)
 
 
+def account_again(
+    gm: fx.GraphModule,
+    tables: Mapping[str, CostTable],
+    limits: Mapping[str, Limit],
+    respec: Callable[[QuantizerSpec], QuantizerSpec],
+) -> Accounting:
+    """Return what the accounting would be with other prices or other bit-widths to choose from.
+
+    Nothing in `gm` changes.
+
+    Args:
+        gm: a graph that `account` has seen.
+        tables: cost tables by name, the same names as before.
+        limits: bounds by resource name.
+        respec: returns what each quantizer would be.
+
+    Raises:
+        CgmqError: as `account` does.
+    """
+    return _Accountant(gm, respec).account(tables, limits)
+
+
 class _Accountant:
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        respec: Callable[[QuantizerSpec], QuantizerSpec] = lambda spec: spec,
+    ) -> None:
         self.gm = gm
         self.deployed = deployed_nodes(gm.graph)
         quantizers = getattr(gm, QUANTIZERS, None)
         self.quantizers = quantizers if isinstance(quantizers, QuantizerSet) else QuantizerSet()
         self.site_index = {name: index for index, name in enumerate(self.quantizers)}
+        self.specs = {name: respec(q.spec) for name, q in self.quantizers.items()}
         self.widths = tuple(
-            sorted(
-                {width for q in self.quantizers.values() for width in q.spec.widths} | {FLOAT_BITS}
-            )
+            sorted({width for spec in self.specs.values() for width in spec.widths} | {FLOAT_BITS})
         )
 
     def account(self, tables: Mapping[str, CostTable], limits: Mapping[str, Limit]) -> Accounting:
         bound = [pair for node in self.gm.graph.nodes for pair in self._bind(node)]
         operations = tuple(operation for _, operation in bound)
         count = len(self.site_index)
-        resources = {
+        resources: dict[str, Resource] = {
             name: price(operations, table, count, self.widths) for name, table in tables.items()
         }
         if WEIGHT_MEMORY in limits:
             resources[WEIGHT_MEMORY] = self._weight_memory()
+        if PEAK_ACTIVATION_MEMORY in limits:
+            buffers = live_buffers(self.gm, self.site_index)
+            resources[PEAK_ACTIVATION_MEMORY] = PeakMemory(buffers, count, self.widths)
         return Accounting(
             self._sites(resources, limits),
             operations,
@@ -88,7 +124,7 @@ class _Accountant:
             self.widths,
         )
 
-    def _amount(self, resource: SumResource, limit: Limit) -> Fraction:
+    def _amount(self, resource: Resource, limit: Limit) -> Fraction:
         return limit.amount(resource.reference, resource.unit)
 
     # -- operations ------------------------------------------------------------------------------
@@ -122,13 +158,13 @@ class _Accountant:
     # -- sites and parameters --------------------------------------------------------------------
 
     def _sites(
-        self, resources: Mapping[str, SumResource], limits: Mapping[str, Limit]
+        self, resources: Mapping[str, Resource], limits: Mapping[str, Limit]
     ) -> tuple[Site, ...]:
         elements = self._elements()
         bounding = [resource for name, resource in resources.items() if name in limits]
         sites, faults = [], []
         for name, index in self.site_index.items():
-            spec = self.quantizers[name].spec
+            spec = self.specs[name]
             choices = set(spec.widths) if spec.learned else {spec.widths[0]}
             allowed = choices.intersection(*(resource.supported[index] for resource in bounding))
             if not allowed:
@@ -205,7 +241,7 @@ class _Accountant:
     # -- coverage --------------------------------------------------------------------------------
 
     def _entry(
-        self, node: fx.Node, bound: BoundOperation, resources: Mapping[str, SumResource]
+        self, node: fx.Node, bound: BoundOperation, resources: Mapping[str, Resource]
     ) -> LedgerEntry:
         operation, info = bound.operation, OP_INFO.get(node)
         quantized = bool(bound.sources) and all(
@@ -230,4 +266,5 @@ def _reason(info: OpInfo, operation: Operation, *, priced: bool) -> str:
     if not (operation.macs or priced):
         return "no multiply-accumulates, and no table of the call prices it"
     why = info.reason or f"no bounded table prices '{info.op}' by its bit-widths"
-    return f"{why}; priced at {FLOAT_BITS} bits"
+    price = f"priced at {FLOAT_BITS} bits" if priced else "no table of the call prices it"
+    return f"{why}; {price}"

@@ -1,15 +1,12 @@
 """What a prepared network costs at any choice of bit-widths, exactly, and what bounds it."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
 from cgmq_fx.cost.operation import BoundOperation
-from cgmq_fx.cost.totals import SumResource
-from cgmq_fx.errors import BudgetError
-from cgmq_fx.units import format_amount
+from cgmq_fx.cost.totals import Resource
 
 Coverage = Literal["quantized", "float", "free"]
 
@@ -72,7 +69,7 @@ class Accounting:
 
     sites: tuple[Site, ...]
     operations: tuple[BoundOperation, ...]
-    resources: Mapping[str, SumResource]
+    resources: Mapping[str, Resource]
     limits: Mapping[str, Fraction]
     ledger: tuple[LedgerEntry, ...]
     widths: tuple[int, ...]
@@ -123,92 +120,24 @@ class Accounting:
             limits: bounds by resource.
             ceiling: the widest bit-width of each site.
         """
-        allowed = [
-            tuple(bits for bits in site.allowed if bits <= top)
-            for site, top in zip(self.sites, ceiling, strict=True)
-        ]
-        cheapest = (self._cheapest(name, allowed) for name in limits)
-        for bits in itertools.chain([self.lowest_bits()], cheapest):
+        for bits in self.candidate_bits(limits, ceiling):
             index = self.index(bits)
             if all(self.resources[name].total(index) <= limits[name] for name in limits):
                 return bits
         return None
 
-    def _cheapest(self, name: str, allowed: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    def candidate_bits(
+        self, names: Iterable[str], ceiling: Sequence[int]
+    ) -> Iterator[tuple[int, ...]]:
+        """Yield the lowest bit-widths, then those at which each resource of `names` costs least."""
+        yield self.lowest_bits()
+        allowed = [
+            tuple(bits for bits in site.allowed if bits <= top)
+            for site, top in zip(self.sites, ceiling, strict=True)
+        ]
+        for name in names:
+            yield self.cheapest_bits(name, allowed)
+
+    def cheapest_bits(self, name: str, allowed: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the bit-widths, among `allowed` of each site, at which a resource costs least."""
         return tuple(self.widths[i] for i in self.resources[name].lowest(allowed).width_index)
-
-    def check_feasible(self) -> None:
-        """Refuse budgets that no allowed choice of bit-widths meets.
-
-        Raises:
-            BudgetError: with the floor of each such budget, the operations that make it, and the
-                smallest feasible figure.
-        """
-        allowed = [site.allowed for site in self.sites]
-        faults = [
-            self._infeasible(name, limit, floor)
-            for name, limit in self.limits.items()
-            if (floor := self.resources[name].floor(allowed)) > limit
-        ]
-        ceiling = [choices[-1] for choices in allowed]
-        if not faults and self.reachable_bits(self.limits, ceiling) is None:
-            over = ", ".join(sorted(self.violations(self.lowest_bits())))
-            faults.append(
-                f"each budget can be met alone, but no bit-widths were found that meet all at "
-                f"once: the lowest exceed {over}; raise one of these budgets"
-            )
-        if faults:
-            raise BudgetError("\n".join(faults))
-
-    def _infeasible(self, name: str, limit: Fraction, floor: Fraction) -> str:
-        resource = self.resources[name]
-        share = 100 * floor / resource.reference if resource.reference else Fraction(0)
-        bits = self._cheapest(name, [site.allowed for site in self.sites])
-        costs = resource.costs(self.index(bits))
-        makers = sorted(zip(costs, resource.terms, strict=True), key=lambda pair: -pair[0])[:5]
-        listed = "; ".join(
-            f"{term.name} ({_percent(cost, floor)} of the floor{self._bits_text(term.sites, bits)})"
-            for cost, term in makers
-            if cost
-        )
-        return (
-            f"budget {name} = {format_amount(limit, resource.unit, 6)} is below the floor "
-            f"{format_amount(floor, resource.unit, 6)} ({float(share):.4f} % of the reference), "
-            f"the least that the allowed bit-widths cost. The floor is made by: {listed}. "
-            f"Ways out: a budget of at least {_ceil_percent(share)} %{self._unlocks()}."
-        )
-
-    def _bits_text(self, sites: Sequence[int | None], bits: Sequence[int]) -> str:
-        parts = [
-            f"{self.sites[site].name} at {bits[site]} bits"
-            for site in dict.fromkeys(sites)
-            if site is not None
-        ]
-        return f", {' x '.join(parts)}" if parts else ""
-
-    def _unlocks(self) -> str:
-        fixed = [site.name for site in self.sites if not site.learned]
-        narrow = min((site.allowed[0] for site in self.sites), default=0)
-        ways = []
-        if fixed:
-            ways.append(
-                f"a learned bit-width for the inputs {fixed} (prepare(learn_input_bits=True))"
-            )
-        if narrow > 2:
-            ways.append(
-                f"narrower bit-widths than {narrow} (prepare(widths=...) or the cost table)"
-            )
-        left_float = [entry.name for entry in self.ledger if entry.status == "float"][:5]
-        if left_float:
-            ways.append(f"quantizing what stays float ({', '.join(left_float)})")
-        return "".join(f"; {way}" for way in ways)
-
-
-def _percent(part: Fraction, whole: Fraction) -> str:
-    return f"{float(100 * part / whole):.1f} %" if whole else "0 %"
-
-
-def _ceil_percent(share: Fraction) -> str:
-    """Return `share` in percent rounded up to four digits, so that what is shown is feasible."""
-    scaled = -(-share.numerator * 10_000 // share.denominator)
-    return f"{scaled / 10_000:.4f}"

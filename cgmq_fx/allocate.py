@@ -120,11 +120,7 @@ class _Search:
         for to in self._choices[site]:
             if to >= here:
                 continue
-            saving = sum(
-                -delta / max(1, bound.limit)
-                for bound, delta in zip(self.tally.bounds, self.tally.deltas(site, to), strict=True)
-                if bound.is_exceeded
-            )
+            saving = self.tally.relief(site, to)
             if saving <= 0:
                 continue
             price = max(0.0, self._loss(site, to) - self._loss(site, here)) / saving

@@ -3,7 +3,7 @@
 import difflib
 import numbers
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -131,13 +131,19 @@ class Budget:
             return f"Budget({str(self.limits[0][1])!r})"
         return f"Budget({ {name: str(limit) for name, limit in self.limits} })"
 
-    def resolve(self, units: Mapping[str, str], default: str | None = None) -> dict[str, Limit]:
+    def resolve(
+        self,
+        units: Mapping[str, str],
+        default: str | None = None,
+        given: Collection[str] = (),
+    ) -> dict[str, Limit]:
         """Return the limits by table name.
 
         Args:
             units: unit of each table (or other resource) by its name.
             default: table of the call: bears a limit without a name, and wins where an alias such
                 as ``latency`` fits several tables.
+            given: all tables of the call: an alias means one of them before any other.
 
         Raises:
             BudgetError: a name fits none or several of the tables, or two names fit the same one.
@@ -145,7 +151,7 @@ class Budget:
         resolved: dict[str, Limit] = {}
         written: dict[str, str | None] = {}
         for name, limit in self.limits:
-            table = resolve_resource(name, units, default)
+            table = resolve_resource(name, units, default, given)
             if table in resolved:
                 raise BudgetError(
                     f"budget names {_shown(written[table])} and {_shown(name)} both mean the cost "
@@ -175,10 +181,17 @@ class Budget:
         return cls(dict(limits))
 
 
-def resolve_resource(name: str | None, units: Mapping[str, str], default: str | None = None) -> str:
+def resolve_resource(
+    name: str | None,
+    units: Mapping[str, str],
+    default: str | None = None,
+    given: Collection[str] = (),
+) -> str:
     """Return the one table that a resource name of a budget means.
 
-    An exact table name comes first, then the aliases (``latency``, ``energy``, ``memory`` ...).
+    An exact table name comes first, then the aliases (``latency``, ``energy``, ``memory`` ...): of
+    the tables that measure such a thing the `default`, else the one among those `given`, else the
+    only one.
 
     Raises:
         BudgetError: it means none or several; the message lists the known tables.
@@ -204,13 +217,12 @@ def resolve_resource(name: str | None, units: Mapping[str, str], default: str | 
     if default in fitting:
         assert default is not None
         return default
+    fitting = [table for table in fitting if table in given] or fitting
     if len(fitting) != 1:
-        found = (
-            " and ".join(repr(table) for table in fitting) + " do" if fitting else "no table does"
-        )
+        found = " and ".join(map(repr, fitting)) + " do" if fitting else "no table does"
         raise BudgetError(
             f"budget resource {name!r} means a table that counts {DIMENSIONS[dimension]}, and "
-            f"{found}; name one table itself; known: {known}"
+            f"{found}; name one table itself, or give it first in cost_table; known: {known}"
         )
     return fitting[0]
 

@@ -1,12 +1,12 @@
-"""The command ``cgmq-fx``: try the library out, look at cost tables, check one of your own."""
+"""The command ``cgmq-fx``: try the library out, work with cost tables."""
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from cgmq_fx.cli_tables import add_tables
 from cgmq_fx.errors import CgmqError
 
 # What a command needs is imported when it runs: torch alone takes longer than --help should.
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CgmqError as error:
         print(f"cgmq-fx: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except BrokenPipeError:  # what reads the output, such as `head`, has seen enough
+        sys.stderr.close()
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("cgmq-fx: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cgmq-fx {version('cgmq-fx')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
-    _add_tables(commands)
+    add_tables(commands)
     return parser
 
 
@@ -68,19 +71,6 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     ):
         demo.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
     demo.set_defaults(run=_demo)
-
-
-def _add_tables(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    tables = commands.add_parser("tables", help="list, show or check cost tables")
-    actions = tables.add_subparsers(metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="list the built-in cost tables")
-    listing.set_defaults(run=_list_tables)
-    show = actions.add_parser("show", help="print the rows of a cost table")
-    show.add_argument("table", metavar="NAME", help="a built-in table, or a .toml or .json file")
-    show.set_defaults(run=_show_table)
-    check = actions.add_parser("check", help="check a cost table and print every fault")
-    check.add_argument("table", metavar="FILE", help="a .toml or .json file")
-    check.set_defaults(run=_check_table)
 
 
 def _count(text: str) -> int:
@@ -112,33 +102,4 @@ def _demo(arguments: argparse.Namespace) -> int:
         float_epochs=arguments.float_epochs,
         epochs=arguments.epochs,
     )
-    return 0
-
-
-def _list_tables(arguments: argparse.Namespace) -> int:
-    from cgmq_fx.table_text import print_list
-
-    print_list()
-    return 0
-
-
-def _show_table(arguments: argparse.Namespace) -> int:
-    from cgmq_fx.cost.load import load_table
-    from cgmq_fx.table_text import print_table
-
-    print_table(load_table(arguments.table))
-    return 0
-
-
-def _check_table(arguments: argparse.Namespace) -> int:
-    from cgmq_fx.cost.load import load_table
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        table = load_table(Path(arguments.table))
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    rows = "1 row" if len(table.rows) == 1 else f"{len(table.rows)} rows"
-    print(f"{arguments.table}: sound; table {table.name!r} in {table.unit}, {rows}")
-    print(f"sha256 {table.digest}")
     return 0

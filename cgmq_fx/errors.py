@@ -3,13 +3,43 @@
 A message names the place, the value, the rule that was broken and the way out.
 """
 
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
 
 class CgmqError(Exception):
     """Base of all errors that cgmq_fx raises on purpose."""
 
 
 class BudgetError(CgmqError):
-    """A budget is malformed, cannot be met at any allowed bit-width, or is not met."""
+    """A budget is malformed, cannot be met at any allowed bit-width, or is not met.
+
+    Where no allowed bit-widths meet the budgets, the attributes say what would; else they are
+    empty.
+
+    Attributes:
+        floors: the least that each resource with a budget can cost alone, in its unit.
+        feasible: for every resource with a budget a figure, in its unit, such that all of them
+            together are feasible; the budgets that need not be raised stand here as they were.
+        suggestion: the same as a budget to give to `prepare`, rounded up to readable figures.
+        unlocks: single changes of which each makes the budgets feasible as they are: keyword
+            arguments for `prepare`.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        floors: Mapping[str, Fraction] | None = None,
+        feasible: Mapping[str, Fraction] | None = None,
+        suggestion: Mapping[str, str] | None = None,
+        unlocks: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.floors = dict(floors or {})
+        self.feasible = dict(feasible or {})
+        self.suggestion = dict(suggestion or {})
+        self.unlocks = tuple(dict(change) for change in unlocks)
 
 
 class CostTableError(CgmqError):

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from cgmq_fx.account import WEIGHT_MEMORY
+from cgmq_fx.account import BUILT_IN, WEIGHT_MEMORY
 from cgmq_fx.budget import Budget
-from cgmq_fx.cost.load import get_table, load_table, table_names
+from cgmq_fx.cost.find import builtin_names, table_names
+from cgmq_fx.cost.load import get_table, load_table
 from cgmq_fx.cost.operation import OP_CLASSES
+from cgmq_fx.cost.peak_memory import PEAK_ACTIVATION_MEMORY
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.errors import UnsupportedModelError, UsageError
 from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH, is_width
@@ -105,11 +107,13 @@ def _settings(
 ) -> Settings:
     parsed = Budget.parse(budget)
     tables = _tables(cost_table)
-    units = {name: get_table(name).unit for name in table_names()}
-    units |= {WEIGHT_MEMORY: "byte"} | {name: table.unit for name, table in tables.items()}
-    limits = parsed.resolve(units, default=next(iter(tables)))
+    # A package's table is loaded only where it is named, so that a broken one harms nobody else.
+    named = [name for name in table_names() if name in builtin_names() or name in dict(parsed)]
+    units = {name: get_table(name).unit for name in named}
+    units |= {**BUILT_IN} | {name: table.unit for name, table in tables.items()}
+    limits = parsed.resolve(units, default=next(iter(tables)), given=tables)
     for name in limits:
-        if name not in tables and name != WEIGHT_MEMORY:
+        if name not in tables and name not in BUILT_IN:
             tables[name] = get_table(name)
     return Settings(
         parsed,
@@ -198,6 +202,8 @@ def _passes(settings: Settings, inputs: tuple[Any, ...] | None) -> list[GraphPas
     bounding = [settings.tables[name] for name in settings.limits if name in settings.tables]
     ops = frozenset(op for table in bounding for row in table.rows for op in row.op)
     weight_ops = _WEIGHT_OPS if WEIGHT_MEMORY in settings.limits else frozenset()
+    # Activations that memory holds as codes must be read through quantizers by every operation.
+    stored_ops = OP_CLASSES if PEAK_ACTIVATION_MEMORY in settings.limits else frozenset()
     shapes = []
     if inputs is not None:
         # With shapes known, operands that are not floating-point tensors are left alone.
@@ -207,7 +213,7 @@ def _passes(settings: Settings, inputs: tuple[Any, ...] | None) -> list[GraphPas
         AnnotateOperations(),
         AnnotateNonnegative(),
         *shapes,
-        ShareQuantizers(ops, weight_ops),
+        ShareQuantizers(ops, weight_ops, frozenset(stored_ops)),
         InsertQuantizers(
             settings.widths,
             settings.input_bits,

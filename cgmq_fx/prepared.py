@@ -6,10 +6,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from cgmq_fx.account import account
+from cgmq_fx.account import account, account_again
+from cgmq_fx.accounting import Accounting
+from cgmq_fx.cost.table import CostTable
 from cgmq_fx.errors import UnsupportedModelError
+from cgmq_fx.explain_budget import check_feasible
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS
 from cgmq_fx.plan import Plan
+from cgmq_fx.quantizer_spec import QuantizerSpec
 from cgmq_fx.quantizers import QuantizerSet
 
 #: Name of the submodule that holds the plan.
@@ -52,7 +56,7 @@ class PreparedModule(fx.GraphModule):
         """
         settings = self.plan.settings
         accounting = self._account(one_sample(inputs, settings.batch_axis), inputs)
-        accounting.check_feasible()
+        check_feasible(accounting, settings, self._account_again)
         for site in accounting.sites:
             quantizer = self.quantizers[site.name]
             if site.learned and quantizer.bit_width not in site.allowed:
@@ -68,6 +72,11 @@ class PreparedModule(fx.GraphModule):
                 raise
             # A model that needs its whole batch (it reshapes by a constant) is priced for it.
             return account(self, inputs, settings.tables, settings.limits)
+
+    def _account_again(
+        self, tables: Mapping[str, CostTable], respec: Callable[[QuantizerSpec], QuantizerSpec]
+    ) -> Accounting:
+        return account_again(self, tables, self.plan.settings.limits, respec)
 
     @property
     def bit_widths(self) -> dict[str, int]:

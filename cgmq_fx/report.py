@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
+from typing import Literal
 
 from rich.console import RenderableType
 from torch import nn
 
-from cgmq_fx.account import WEIGHT_MEMORY
+from cgmq_fx.account import BUILT_IN, WEIGHT_MEMORY
 from cgmq_fx.accounting import Accounting
 from cgmq_fx.cost.operation import OPERAND_NAMES, BoundOperation
-from cgmq_fx.cost.totals import FLOAT_BITS, SumResource
+from cgmq_fx.cost.peak_memory import PeakMemory
+from cgmq_fx.cost.totals import FLOAT_BITS, Resource
 from cgmq_fx.errors import UsageError
 from cgmq_fx.plan import Plan, Settings
 from cgmq_fx.report_contents import ReportContents, ReportRow, ResourceSummary, TensorRow
@@ -96,7 +98,7 @@ class _Reporter:
 
     def _row(self, position: int) -> ReportRow:
         bound, entry = self.accounting.operations[position], self.accounting.ledger[position]
-        priced = {name: item for name, item in self.resources.items() if name != WEIGHT_MEMORY}
+        priced = {name: item for name, item in self.resources.items() if name not in BUILT_IN}
         cost = {name: self.costs[name][position] for name in priced}
         operation = bound.operation
         return ReportRow(
@@ -135,17 +137,26 @@ class _Reporter:
         }
 
     def tensors(self) -> tuple[TensorRow, ...]:
-        """Return a row for each stored tensor, if some resource counts them."""
-        resource = self.resources.get(WEIGHT_MEMORY)
-        if resource is None:
-            return ()
-        pairs = zip(resource.terms, self.costs[WEIGHT_MEMORY], strict=True)
-        return tuple(self._tensor(term.sites[0], term.name, cost) for term, cost in pairs if cost)
+        """Return a row for each tensor that some resource counts: stored, or live at the peak."""
+        return tuple(
+            self._tensor(name, place)
+            for name in self.resources
+            if name in BUILT_IN
+            for place, cost in enumerate(self.costs[name])
+            if cost
+        )
 
-    def _tensor(self, site: int | None, name: str, amount: Fraction) -> TensorRow:
+    def _tensor(self, name: str, place: int) -> TensorRow:
+        resource, amount = self.resources[name], self.costs[name][place]
+        term, cost = resource.terms[place], {name: amount}
+        site = term.sites[0]
         bits = FLOAT_BITS if site is None else self.bits[site]
-        cost = {WEIGHT_MEMORY: amount}
-        return TensorRow(name, int(amount * 8 / bits), bits, cost, self._budget_share(cost))
+        role: Literal["weight", "activation"] = "weight"
+        if isinstance(resource, PeakMemory):
+            role = "activation"
+            bits = bits if site is not None else resource.buffers[place].bits
+        share = self._budget_share(cost)
+        return TensorRow(term.name, int(amount * 8 / bits), bits, cost, share, role)
 
     def summary(self, name: str, settings: Settings) -> ResourceSummary:
         """Return the total of a resource against its budget."""
@@ -162,11 +173,20 @@ class _Reporter:
         )
 
 
-def _convention(resource: SumResource, settings: Settings) -> tuple[str, ...]:
+def _convention(resource: Resource, settings: Settings) -> tuple[str, ...]:
     if resource.name == WEIGHT_MEMORY:
         return (
             "every parameter that inference reads counts once, packed at its own bit-width",
             f"100 % is all of them at {FLOAT_BITS} bits",
+        )
+    if isinstance(resource, PeakMemory):
+        return (
+            "the largest set of activations that are live at one step, in the order of the graph; "
+            "ties: the first such step",
+            "a tensor that all operations read through one quantizer is held as its codes, others "
+            f"with {FLOAT_BITS} bits",
+            "views and what computes element by element reuse the memory of their operand",
+            f"100 % is the peak with {FLOAT_BITS} bits for all",
         )
     table = settings.tables[resource.name]
     sample = "for the inputs as given" if settings.batch_axis is None else "for one sample"

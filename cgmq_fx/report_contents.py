@@ -52,14 +52,16 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One stored tensor, for resources that are sums over tensors.
+    """One tensor that a resource counts: a stored weight, or an activation live at the peak.
 
     Attributes:
-        name: the site of its quantizer, or ``other parameters`` for all that stay float.
+        name: of a weight the site of its quantizer, or ``other parameters`` for all that stay
+            float; of an activation the operation that makes it.
         elements: number of its elements.
         bits: bit-width of an element.
         cost: its exact cost by resource, in the resource's unit.
         budget_share: the part of each budget that its cost takes, by resource.
+        role: what it is.
     """
 
     name: str
@@ -67,6 +69,7 @@ class TensorRow:
     bits: int
     cost: Mapping[str, Fraction]
     budget_share: Mapping[str, Fraction]
+    role: Literal["weight", "activation"] = "weight"
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,8 @@ class ReportContents:
     Attributes:
         model: name of the model's class.
         rows: one for each operation, in the order in which they run.
-        tensors: one for each stored tensor, where a resource is a sum over tensors.
+        tensors: one for each stored weight, and one for each activation that is live at the
+            peak, where a resource counts these.
         resources: a summary for each resource, those with a budget first.
     """
 

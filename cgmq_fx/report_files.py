@@ -97,6 +97,7 @@ def _row(row: ReportRow) -> dict[str, Any]:
 def _tensor(row: TensorRow) -> dict[str, Any]:
     return {
         "name": row.name,
+        "role": row.role,
         "elements": row.elements,
         "bits": row.bits,
         **_amounts("cost", row.cost),
@@ -105,7 +106,7 @@ def _tensor(row: TensorRow) -> dict[str, Any]:
 
 
 def to_csv(contents: ReportContents) -> str:
-    """Return the rows of a report as CSV: by ``kind``, operations and then stored tensors."""
+    """Return the rows of a report as CSV: by ``kind``, operations and then tensors."""
     names = [item.name for item in contents.resources]
     bounded = list(contents.budgets)
     columns = [
@@ -133,8 +134,8 @@ def _operation_line(row: ReportRow) -> dict[str, Any]:
 
 
 def _tensor_line(row: TensorRow) -> dict[str, Any]:
-    cells = {"kind": "tensor", "name": row.name, "elements": row.elements, "weight_bits": row.bits}
-    return {**cells, **_amount_cells(row)}
+    cells = {"kind": "tensor", "name": row.name, "elements": row.elements}
+    return {**cells, f"{row.role}_bits": row.bits, **_amount_cells(row)}
 
 
 def _amount_cells(row: ReportRow | TensorRow) -> dict[str, Any]:

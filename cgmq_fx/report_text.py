@@ -29,12 +29,19 @@ _MAX_KINDS = 8
 _FLOAT_BITS = 32
 #: Digits of a total in the tables.
 _DIGITS = 5
+# What the tables of tensors are about, by the role of these.
+_TENSORS = {"weight": "stored tensor", "activation": "live at the peak"}
 # Only characters that every log and every code page can hold.
 _BOX = Box("    \n    \n -- \n    \n -- \n -- \n    \n    \n", ascii=True)
 
 
 def to_text(contents: ReportContents) -> str:
     """Return the report as plain text, the same wherever it is printed."""
+    return plain_text(renderable(contents))
+
+
+def plain_text(content: RenderableType) -> str:
+    """Return what rich prints, without colours and `TEXT_WIDTH` wide wherever it is printed."""
     console = Console(
         file=io.StringIO(),
         width=TEXT_WIDTH,
@@ -45,7 +52,7 @@ def to_text(contents: ReportContents) -> str:
         _environ={},
     )
     with console.capture() as capture:
-        console.print(renderable(contents))
+        console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -58,8 +65,8 @@ def brief(contents: ReportContents) -> str:
 def renderable(contents: ReportContents) -> RenderableType:
     """Return the report as rich prints it, in colours where the terminal has them."""
     parts: list[RenderableType] = [_operations(contents)]
-    if contents.tensors:
-        parts.append(_tensors(contents))
+    counting = [item for item in contents.resources if _is_in(item, contents.tensors)]
+    parts += [_tensors(item, contents.tensors) for item in counting]
     parts += [
         _totals(contents.resources),
         _coverage(contents.coverage),
@@ -103,7 +110,7 @@ class _Amounts:
 def _operations(contents: ReportContents) -> Table:
     rows = [row for row in contents.rows if row.status != "free"]
     columns = [_Amounts(item) for item in contents.resources if _is_in(item, contents.rows)]
-    table = _table("operation", "class")
+    table = plain_table("operation", "class")
     table.add_column("MACs", justify="right", no_wrap=True)
     table.add_column("bits", no_wrap=True)
     for column in columns:
@@ -118,21 +125,20 @@ def _operations(contents: ReportContents) -> Table:
     return table
 
 
-def _tensors(contents: ReportContents) -> Table:
-    rows = contents.tensors
-    columns = [_Amounts(item) for item in contents.resources if _is_in(item, rows)]
-    table = _table("stored tensor")
+def _tensors(resource: ResourceSummary, tensors: Sequence[TensorRow]) -> Table:
+    rows = [row for row in tensors if resource.name in row.cost]
+    column = _Amounts(resource)
+    table = plain_table(_TENSORS[rows[0].role])
     table.add_column("elements", justify="right", no_wrap=True)
     table.add_column("bits", no_wrap=True)
-    for column in columns:
-        column.add_columns(table)
+    column.add_columns(table)
     for row in rows:
-        cells = [cell for item in columns for cell in item.cells(row.cost[item.resource.name])]
-        bits = "float" if row.bits == _FLOAT_BITS else f"w{row.bits}"
+        bits = "float" if row.bits == _FLOAT_BITS else f"{row.role[0]}{row.bits}"
+        cells = column.cells(row.cost[resource.name])
         table.add_row(Text(row.name), f"{row.elements:,}", bits, *cells)
     table.add_section()
-    totals = [cell for item in columns for cell in item.cells(item.resource.total)]
-    table.add_row("total", f"{sum(row.elements for row in rows):,}", "", *totals, style="bold")
+    elements = f"{sum(row.elements for row in rows):,}"
+    table.add_row("total", elements, "", *column.cells(resource.total), style="bold")
     return table
 
 
@@ -140,7 +146,8 @@ def _is_in(resource: ResourceSummary, rows: Sequence[ReportRow | TensorRow]) -> 
     return any(resource.name in row.cost for row in rows)
 
 
-def _table(*names: str) -> Table:
+def plain_table(*names: str) -> Table:
+    """Return an empty table of plain characters with these columns of text."""
     table = Table(box=_BOX, show_edge=False, pad_edge=False, header_style="bold")
     for name in names:
         table.add_column(name, overflow="fold")
@@ -212,7 +219,10 @@ def _coverage_lines(coverage: Coverage) -> Iterable[tuple[str, str]]:
         yield "", f"{_kinds(group)} ({group.macs:,} MACs): {group.reason}"
     for name, part in coverage.unpriced.items():
         rows = [row.name for row in coverage.entries if name in row.unpriced_in]
-        yield "unpriced", f"{_percent(part)} of the MACs have no price in {name}: {_listed(rows)}"
+        yield (
+            "unpriced",
+            f"{percent_text(part)} of the MACs have no price in {name}: {listed(rows)}",
+        )
     for group in coverage.groups("free"):
         yield "free", f"{_kinds(group)}: {group.reason}"
 
@@ -222,15 +232,16 @@ def _work(coverage: Coverage, status: Status) -> str:
     if not count:
         return "nothing"
     plural = "operation" if count == 1 else "operations"
-    return f"{count} {plural}, {_percent(coverage.share(status))} of the MACs"
+    return f"{count} {plural}, {percent_text(coverage.share(status))} of the MACs"
 
 
 def _kinds(group: ReasonGroup) -> str:
     ordered = sorted(group.counts.items(), key=lambda item: -item[1])
-    return _listed([f"{kind} x {count}" for kind, count in ordered])
+    return listed([f"{kind} x {count}" for kind, count in ordered])
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
     more = f" and {len(names) - _MAX_KINDS} more" if len(names) > _MAX_KINDS else ""
     return f"{', '.join(names[:_MAX_KINDS])}{more}"
 
@@ -247,10 +258,11 @@ def _footer(resources: Sequence[ResourceSummary]) -> RenderableType:
 
 
 def _share(part: Fraction, whole: Fraction) -> str:
-    return _percent(part / whole) if whole else "-"
+    return percent_text(part / whole) if whole else "-"
 
 
-def _percent(part: Fraction) -> str:
+def percent_text(part: Fraction) -> str:
+    """Return a part as percent; what is more than nothing never reads 0."""
     return f"{_decimals(100 * part, 1 if part < 10 else 0)} %"
 
 

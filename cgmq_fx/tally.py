@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from cgmq_fx.accounting import Accounting
-from cgmq_fx.cost.totals import SumResource
+from cgmq_fx.cost.totals import Resource
 
 
 @dataclass
 class Bound:
     """One bounded resource; `limit` and `total` are whole numbers of its resolution."""
 
-    resource: SumResource
+    resource: Resource
     limit: int
     total: int
 
@@ -66,6 +66,13 @@ class Tally:
     def deltas(self, site: int, to: int) -> list[int]:
         """Return by how much each total changes when `site` takes the width of index `to`."""
         return [bound.resource.delta_scaled(site, to, self.index) for bound in self.bounds]
+
+    def relief(self, site: int, to: int) -> float:
+        """Return how much nearer a move brings the exceeded totals, in parts of their limits."""
+        return sum(
+            bound.resource.relief(site, to, self.index, bound.limit) / max(1, bound.limit)
+            for bound in self.exceeded
+        )
 
     def has_room(self, deltas: Sequence[int]) -> bool:
         """Tell whether every bound holds after a move that changes the totals by `deltas`."""

@@ -237,3 +237,31 @@ def format_amount(amount: Fraction, unit: str, digits: int = 4) -> str:
         parsed.dimension if amount == 0 or parsed.dimension not in ("s", "J") else symbols[-1]
     )
     return f"{format_number(base / UNITS[smallest].scale, digits)} {smallest}"
+
+
+def amount_at_least(amount: Fraction, unit: str, digits: int = 6) -> str:
+    """Return an amount that is never below `amount`, with `digits` digits, as `parse_amount` reads.
+
+    >>> amount_at_least(Fraction(65537), "byte", 4)
+    '64.01 KiB'
+    """
+    parsed = parse_unit(unit)
+    base = amount * parsed.scale
+    symbol = format_amount(amount, unit).rpartition(" ")[2]
+    return f"{number_at_least(base / UNITS[symbol].scale, digits)} {symbol}"
+
+
+def number_at_least(number: Fraction, digits: int) -> str:
+    """Return a decimal number that is never below `number`, which is not negative, in `digits`.
+
+    >>> number_at_least(Fraction(1, 3), 4)
+    '0.3334'
+    """
+    decimals = digits - len(str(int(number))) if number >= 1 else digits
+    while 0 < number * 10**decimals < 10 ** (digits - 1):
+        decimals += 1
+    decimals = max(0, decimals)
+    scaled = -(-number.numerator * 10**decimals // number.denominator)
+    whole, part = divmod(scaled, 10**decimals)
+    text = f"{whole}.{part:0{decimals}d}" if decimals else str(whole)
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -71,12 +71,17 @@ PAIR_BITS = ("lhs_bits", "rhs_bits")
 ALL_BITS = frozenset((*WEIGHT_BITS, *PAIR_BITS))
 
 
+_ANY = "any.target"
+
+
 def class_variables(ops: Iterable[str]) -> dict[str, Kind]:
     """Return the attributes that every one of `ops` (classes, or FX targets) has.
 
     An FX target may be of any class, so it has what any class has.
     """
-    kinds = [_attributes_of(op) for op in ops]
+    kinds = [
+        _attributes_of(op) for op in dict.fromkeys(_ANY if is_target(op) else op for op in ops)
+    ]
     shared = {name for name in kinds[0] if all(name in other for other in kinds[1:])}
     return {name: kind for name, kind in kinds[0].items() if name in shared}
 

@@ -44,9 +44,15 @@ class Faults:
         """Return a view that adds faults below `keys`, to the same list."""
         return Faults((*self.path, *keys), self.found)
 
+    @property
+    def are_many(self) -> bool:
+        """Whether there are more than a message lists; further ones are only counted."""
+        return len(self.found) >= _MAX_FAULTS
+
     def add(self, rule: str, value: object = ...) -> None:
         """Note that `value` breaks `rule` here."""
-        self.found.append(Fault(self.path, "" if value is ... else shown(value), rule))
+        text = "" if value is ... or self.are_many else shown(value)
+        self.found.append(Fault(self.path, text, rule))
 
     def raise_if_any(self, table: str, line_of: Callable[[Path], int | None] | None = None) -> None:
         """Raise one error that lists every fault, each behind its file and line where known.
@@ -79,13 +85,21 @@ def path_text(path: Path) -> str:
         if isinstance(key, int) and parts:
             parts[-1] += f" {key + 1}"
         else:
-            parts.append(str(key))
+            parts.append(_key_text(str(key)))
     return ", ".join(parts) or "the table"
+
+
+def _key_text(key: str) -> str:
+    """Return a key; an odd one in quotes, so that messages keep their form."""
+    return key if key.isprintable() and 0 < len(key) <= _MAX_SHOWN else shown(key)
 
 
 def shown(value: object) -> str:
     """Return `value` as it would be written, shortened."""
-    text = repr(value) if isinstance(value, str) else str(value)
+    try:
+        text = repr(value) if isinstance(value, str) else str(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or endless nesting
+        return f"(a {type(value).__name__} too large to show)"
     if isinstance(value, bool):
         text = text.lower()
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."

@@ -10,8 +10,9 @@ from cgmq_fx.errors import UsageError
 from cgmq_fx.units import exact, parse_number, parse_unit
 
 MAX_BIT_WIDTH = 64
-_FRACTION = re.compile(r"\d{1,60}/0*[1-9]\d{0,59}", re.ASCII)
-_MAX_TEXT = 2000
+FRACTION_PATTERN = "[0-9]{1,60}/0*[1-9][0-9]{0,59}"
+_FRACTION = re.compile(FRACTION_PATTERN)
+MAX_TEXT = 2000
 
 
 def check_keys(
@@ -21,7 +22,7 @@ def check_keys(
     known = tuple(known)
     for key, value in raw.items():
         if key not in known:
-            hint = nearest(key, known)
+            hint = "" if faults.are_many else nearest(key, known)
             faults.below(str(key)).add(f"unknown key{hint}; keys here: {', '.join(known)}", value)
     for key in needed:
         if key not in raw:
@@ -33,8 +34,11 @@ def read_text(value: object, faults: Faults, *, empty: bool = True) -> str:
     if not isinstance(value, str):
         faults.add("must be a text in quotes", value)
         return ""
-    if len(value) > _MAX_TEXT:
-        faults.add(f"is {len(value)} characters long; at most {_MAX_TEXT}", value)
+    if len(value) > MAX_TEXT:
+        faults.add(f"is {len(value)} characters long; at most {MAX_TEXT}", value)
+        return ""
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        faults.add("is no sound Unicode text: it holds half of a surrogate pair", value)
         return ""
     if not empty and not value.strip():
         faults.add("must not be empty", value)
@@ -54,6 +58,14 @@ def read_bit_width(value: object, faults: Faults) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BIT_WIDTH:
         faults.add(f"must be a whole number of bits from 0 to {MAX_BIT_WIDTH}", value)
         return 8
+    return value
+
+
+def read_whole(value: object, most: int, faults: Faults) -> int:
+    """Return a whole number from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        faults.add(f"must be a whole number from 0 to {most}", value)
+        return 0
     return value
 
 

@@ -1,7 +1,9 @@
 """Grids: costs listed by pairs of bit-widths, and what a pair that is not listed costs."""
 
+import bisect
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 Axes = tuple[str, str]
 
@@ -45,14 +47,27 @@ class Grid:
     axes: Axes
     entries: tuple[GridEntry, ...]
 
+    @cached_property
+    def _columns(self) -> tuple[list[int], list[tuple[list[int], list[GridEntry]]]]:
+        """The first widths, and the second widths and entries of each of them; all rising."""
+        found: dict[int, tuple[list[int], list[GridEntry]]] = {}
+        for entry in self.entries:
+            seconds, entries = found.setdefault(entry.first, ([], []))
+            seconds.append(entry.second)
+            entries.append(entry)
+        return list(found), list(found.values())
+
     def entry(self, first: int, second: int) -> GridEntry | None:
         """Return the entry that prices a pair, or None where no listed pair contains it."""
         smallest: list[GridEntry] = []
-        for entry in self.entries:  # by rising first width: smallest where the second one falls
-            if entry.contains(first, second) and (
-                not smallest or entry.second < smallest[-1].second
-            ):
-                smallest.append(entry)
+        firsts, columns = self._columns
+        for seconds, entries in columns[bisect.bisect_left(firsts, first) :]:
+            # First widths rise: a pair is smallest where its second width is below all before.
+            at = bisect.bisect_left(seconds, second)
+            if at < len(seconds) and (not smallest or seconds[at] < smallest[-1].second):
+                smallest.append(entries[at])
+                if seconds[at] == second:
+                    break
         return min(smallest, key=lambda entry: (entry.cost, entry), default=None)
 
     def widths(self, axis: int) -> frozenset[int]:

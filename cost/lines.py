@@ -5,6 +5,7 @@ not understand they leave out, and the message then names the line of the enclos
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Mapping
 
@@ -21,6 +22,8 @@ _TOML_TOKEN = re.compile(
       | [^\s{}\[\],=.\#"']+""",
     re.VERBOSE | re.DOTALL,
 )
+
+_BREAKS = frozenset("{}[],=\n")
 
 
 def line_of(lines: Mapping[Path, int], path: Path) -> int | None:
@@ -56,7 +59,7 @@ def json_lines(text: str) -> dict[Path, int]:
         elif token == ":":
             awaiting_key = False
         elif awaiting_key:
-            stack[-1] = token[1:-1]
+            stack[-1] = json.loads(token)
             _mark(lines, stack, line)
         else:
             _mark(lines, stack, line)
@@ -67,6 +70,19 @@ def _mark(lines: dict[Path, int], stack: list[str | int | None], line: int) -> N
     path = tuple(key for key in stack if key is not None)
     if path and len(path) == len(stack):
         lines.setdefault(path, line)
+
+
+def deepest_dotted_key(text: str) -> int:
+    """Return how many parts the longest dotted key of a TOML text has, sound or not."""
+    deepest = run = 1
+    for match in _TOML_TOKEN.finditer(text):
+        token = match.group()
+        if token == ".":
+            run += 1
+            deepest = max(deepest, run)
+        elif token in _BREAKS or token[0] == "#":
+            run = 1
+    return deepest
 
 
 def toml_lines(text: str) -> dict[Path, int]:

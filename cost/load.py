@@ -1,32 +1,37 @@
-"""Read cost tables: built-in ones by name, files by path, mappings as they are."""
+"""Load cost tables: built-in ones and those of packages by name, files by path, mappings."""
 
-import difflib
-import importlib.resources
-import json
 import os
-import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from decimal import Decimal
-from functools import cache, partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from cgmq_fx.cost import find
 from cgmq_fx.cost.faults import Faults, shown
-from cgmq_fx.cost.fields import read_mapping, read_sequence
-from cgmq_fx.cost.lines import Path as KeyPath
-from cgmq_fx.cost.lines import json_lines, line_of, toml_lines
-from cgmq_fx.cost.row import Row
+from cgmq_fx.cost.fields import read_mapping, read_sequence, read_text
+from cgmq_fx.cost.include import (
+    MAX_FILES,
+    MAX_INCLUDE_DEPTH,
+    MAX_INCLUDES,
+    Draft,
+    Parts,
+    check_units,
+    draft,
+    inherit,
+    merge,
+)
 from cgmq_fx.cost.row_fields import normalise
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.cost.table_fields import MAX_ROWS, check_rows, normalise_table
+from cgmq_fx.cost.table_file import MAX_FILE_BYTES, TableFile, from_bytes, from_path
 from cgmq_fx.errors import CostTableError
 
-MAX_FILE_BYTES = 1 << 20
-#: Deeper lists and tables than this are no cost table.
-MAX_DEPTH = 20
-
-_Lines = Callable[[KeyPath], int | None]
+#: Characters of all different formulas of a table together: each is tried at many bit-widths.
+MAX_FORMULAS = 4096
+#: Characters of all conditions of a table together.
+MAX_CONDITIONS = 50_000
+_MAX_QUOTED = 2000
 
 
 def load_table(
@@ -35,9 +40,9 @@ def load_table(
     """Return a cost table.
 
     Args:
-        source: a path of a ``.toml`` or ``.json`` file, the name of a built-in table
-            (`table_names`), or the content of a file as a mapping. A `CostTable` is returned as it
-            is.
+        source: a path of a ``.toml`` or ``.json`` file, the name of a table (`table_names`), or the
+            content of a file as a mapping, whose includes start at the current folder. A
+            `CostTable` is returned as it is.
         strict: refuse a table in which a cost falls when bits rise, instead of warning.
 
     Raises:
@@ -47,144 +52,206 @@ def load_table(
     if isinstance(source, CostTable):
         return replace(source, strict=True) if strict and not source.strict else source
     if isinstance(source, Mapping):
-        return _build(source, "cost table", None, strict=strict)
-    if isinstance(source, str) and source in table_names():
-        return _builtin(source)
+        return _Loading().table(TableFile("cost table", source), strict=strict)
+    if isinstance(source, str) and _is_name(source):
+        table = get_table(source)
+        return load_table(table, strict) if strict else table
     if not isinstance(source, (str, os.PathLike)):
         raise CostTableError(
             f"a cost table is a path, a name, a mapping or a CostTable, not a "
             f"{type(source).__name__}: {shown(source)}"
         )
-    return _from_file(Path(os.fsdecode(source)), strict=strict)
+    path = Path(os.fsdecode(source))
+    if path.suffix not in find.SUFFIXES and not os.path.lexists(path):
+        find.no_such_table(str(path)[:_MAX_QUOTED])
+    return _Loading().table(from_path(path), strict=strict)
 
 
 def get_table(name: str) -> CostTable:
-    """Return a built-in table by its name.
+    """Return a table by its name: a built-in one, or one that an installed package brings.
 
     Raises:
-        CostTableError: there is none of that name; the message lists those there are.
+        CostTableError: there is none of that name, the message lists those there are; or the
+            package's table cannot be loaded, the message names the package.
     """
-    if name not in table_names():
-        _unknown(name)
-    return _builtin(name)
+    return _builtin(name) if name in find.builtin_names() else _from_plugin(name)
 
 
-@cache
-def table_names() -> tuple[str, ...]:
-    """Return the names of the built-in tables."""
-    folder = importlib.resources.files("cgmq_fx.cost.tables")
-    names = (item.name for item in folder.iterdir())
-    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+def _is_name(text: str) -> bool:
+    """Tell a table's name from a path; other packages are asked only where it can be a name."""
+    if text in find.builtin_names():
+        return True
+    return not text.endswith(find.SUFFIXES) and text in find.plugin_names()
 
 
 @cache
 def _builtin(name: str) -> CostTable:
-    file = importlib.resources.files("cgmq_fx.cost.tables") / f"{name}.toml"
-    return _from_text(file.read_text(encoding="utf-8"), f"{name}.toml", strict=True)
+    return _Loading().table(_builtin_file(name), strict=True)
 
 
-def _unknown(name: str) -> NoReturn:
-    close = difflib.get_close_matches(name, table_names(), n=1, cutoff=0.6)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise CostTableError(
-        f"there is no cost table {name!r}{hint}; built in: {', '.join(table_names())}; "
-        "a table of your own is given by the path of its .toml or .json file"
-    )
+def _builtin_file(name: str) -> TableFile:
+    text = find.builtin_text(name)
+    return from_bytes(text.content, text.name)
 
 
-def _from_file(path: Path, *, strict: bool) -> CostTable:
-    if not path.exists() and path.suffix not in (".toml", ".json"):
-        _unknown(str(path))
-    if path.is_dir():
-        raise CostTableError(f"cost table {path} is a folder; give the path of one .toml file")
-    if path.exists() and not path.is_file():
-        raise CostTableError(f"cost table {path} is not a plain file; give the path of one")
+def _from_plugin(name: str) -> CostTable:
+    point = find.find_plugin(name)
+    found = find.load_plugin(point)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            size = path.stat().st_size
-            raise CostTableError(
-                f"cost table {path} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read: "
-                "write the costs as formulas, or split the table"
-            )
-        text = content.decode("utf-8")
-    except (OSError, ValueError) as error:
-        raise CostTableError(
-            f"cost table {path} cannot be read: {error}; "
-            "give the path of a UTF-8 .toml or .json file"
-        ) from error
-    return _from_text(text, str(path), strict=strict)
-
-
-def _from_text(text: str, file: str, *, strict: bool) -> CostTable:
-    is_json = file.endswith(".json")
-    try:
-        if is_json:
-            raw = json.loads(
-                text, parse_float=Decimal, parse_constant=Decimal, object_pairs_hook=_no_duplicates
-            )
-        else:
-            raw = tomllib.loads(text, parse_float=Decimal)
-        depth = _depth(raw)
-    except (ValueError, RecursionError, ArithmeticError) as error:
-        kind = "JSON" if is_json else "TOML"
-        raise CostTableError(
-            f"cost table {file} is not sound {kind}: {error or 'nested too deep'}; "
-            "correct the text there"
-        ) from error
-    if depth > MAX_DEPTH:
-        raise CostTableError(
-            f"cost table {file} is nested {depth} deep; a cost table needs no more than {MAX_DEPTH}"
-        )
-    lines = json_lines(text) if is_json else toml_lines(text)
-    return _build(raw, file, partial(line_of, lines), strict=strict)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} stands twice in one object")
-        found[key] = value
+        if isinstance(found, find.TableText):
+            found = _Loading().table(_packaged_file(found), strict=False)
+    except CostTableError as error:
+        raise find.plugin_error(point, f"is refused: {error}") from error
+    if not isinstance(found, CostTable):
+        raise find.plugin_error(point, f"gives a {type(found).__name__}, not a CostTable")
+    if found.name != name:
+        raise find.plugin_error(point, f"gives a table called {found.name!r}, not {name!r}")
     return found
 
 
-def _depth(value: object) -> int:
-    if isinstance(value, Mapping):
-        return 1 + max(map(_depth, value.values()), default=0)
-    if isinstance(value, list):
-        return 1 + max(map(_depth, value), default=0)
-    return 0
+def _packaged_file(text: find.TableText) -> TableFile:
+    if text.path is not None and os.path.isfile(text.path):
+        return from_path(Path(text.path))
+    return from_bytes(text.content, text.name)
 
 
-def _build(raw: object, file: str, lines: _Lines | None, *, strict: bool) -> CostTable:
-    """Return the table that `raw` describes, or raise one error with every fault."""
-    faults = Faults()
-    content = read_mapping(raw, faults)
-    values = normalise_table(content, faults)
-    if not content:
-        faults.raise_if_any(file, lines)
-    if "row" not in content:
-        faults.below("row").add("this key is missing; add at least one [[row]]")
-    else:
-        values["rows"] = _rows(content["row"], file, lines, faults.below("row"))
-    faults.raise_if_any(file, lines)
-    return CostTable(**values, origin=file, strict=strict)
+@dataclass
+class _Loading:
+    """What one call of `load_table` has read so far: files are read once, and not without end."""
 
+    known: dict[str, Parts] = field(default_factory=dict)
+    num_bytes: int = 0
+    formulas: set[str] = field(default_factory=set)
+    num_condition_characters: int = 0
 
-def _rows(raw: object, file: str, lines: _Lines | None, faults: Faults) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    for index, item in enumerate(read_sequence(raw, faults, MAX_ROWS)):
-        here, before = faults.below(index), len(faults.found)
-        content = read_mapping(item, here)
-        if len(faults.found) > before:
-            continue
-        fields = normalise(content, here)
-        if len(faults.found) == before:
-            line = lines(here.path) if lines else None
-            origin = f"{file}:{line}" if line else f"{file}, row {index + 1}"
-            rows.append(Row(**fields, origin=origin))
-    if not faults.found:
-        check_rows(rows, Faults((), faults.found))
-    return tuple(rows)
+    def table(self, file: TableFile, *, strict: bool) -> CostTable:
+        """Return the table of a file, or raise one error with every fault."""
+        parts = self.parts(file, ())
+        rows = tuple(item.row for item in parts.drafts)
+        return CostTable(**parts.fields, rows=rows, origin=file.label, strict=strict)
+
+    def parts(self, file: TableFile, chain: tuple[TableFile, ...]) -> Parts:
+        """Return a table and what it includes; `chain` are the tables that include it."""
+        faults = Faults()
+        content = read_mapping(file.content, faults)
+        faults.raise_if_any(file.label, file.lines)
+        bases: list[Parts] = []
+        if "include" in content:
+            bases = self._bases(content["include"], file, chain, faults.below("include"))
+        broken = bool(faults.found)
+        taken = inherit(content, bases, faults.below("include"))
+        if broken:  # what a table lacks may stand in the one that could not be included
+            taken = {"unit": "BOP", **taken}
+        values = normalise_table({**taken, **content}, faults)
+        if "unit" in content and "unit" in values:
+            check_units(values["unit"], bases, faults.below("unit"))
+        own: tuple[Draft, ...] = ()
+        if "row" in content:
+            own = self._drafts(content["row"], file, faults.below("row"))
+        elif "include" not in content:
+            faults.below("row").add("this key is missing; add at least one [[row]]")
+        drafts = merge(own, bases, faults.below("include"))
+        if len(drafts) > MAX_ROWS:
+            faults.below("include").add(f"makes {len(drafts)} rows; at most {MAX_ROWS} are read")
+        faults.raise_if_any(file.label, file.lines)
+        return Parts(file.label, values, drafts)
+
+    def _bases(
+        self, raw: object, file: TableFile, chain: tuple[TableFile, ...], faults: Faults
+    ) -> list[Parts]:
+        items = read_sequence([raw] if isinstance(raw, str) else raw, faults, MAX_INCLUDES)
+        bases: list[Parts] = []
+        seen: set[str | None] = set()
+        for index, item in enumerate(items):
+            here = faults if isinstance(raw, str) else faults.below(index)
+            name = read_text(item, here, empty=False)
+            if not name.strip():
+                continue
+            try:
+                included = self._open(name, file)
+                base = self._include(included, (*chain, file))
+            except CostTableError as error:
+                text = str(error)
+                if len(text) > _MAX_QUOTED:
+                    text = f"{text[:_MAX_QUOTED]} ..."
+                here.add(f"cannot be included: {text}", name)
+                continue
+            if included.identity in seen:
+                here.add("stands twice in this list; keep one", name)
+            seen.add(included.identity)
+            bases.append(base)
+        return bases
+
+    def _open(self, name: str, file: TableFile) -> TableFile:
+        if name in find.builtin_names():
+            return _builtin_file(name)
+        if name.endswith(find.SUFFIXES):
+            return from_path(file.folder / name)
+        found = find.load_plugin(find.find_plugin(name))
+        if isinstance(found, find.TableText):
+            return _packaged_file(found)
+        if isinstance(found, CostTable):
+            return TableFile(name, found.to_json(), identity=f"table {name}")
+        raise CostTableError(f"what its package brings is a {type(found).__name__}")
+
+    def _include(self, file: TableFile, chain: tuple[TableFile, ...]) -> Parts:
+        assert file.identity is not None
+        names = " > ".join(item.label for item in (*chain, file))
+        if file.identity in (item.identity for item in chain):
+            raise CostTableError(f"it includes itself: {names}; remove one of these includes")
+        if len(chain) > MAX_INCLUDE_DEPTH:
+            raise CostTableError(
+                f"includes go deeper than {MAX_INCLUDE_DEPTH}: {names}; write the rows into fewer "
+                "files"
+            )
+        if file.identity not in self.known:
+            self.num_bytes += file.size
+            if self.num_bytes > MAX_FILE_BYTES or len(self.known) >= MAX_FILES:
+                raise CostTableError(
+                    f"over {MAX_FILES} files, or over {MAX_FILE_BYTES:,} bytes, are included in "
+                    "all; split the table"
+                )
+            self.known[file.identity] = self.parts(file, chain)
+        return self.known[file.identity]
+
+    def _drafts(self, raw: object, file: TableFile, faults: Faults) -> tuple[Draft, ...]:
+        items = read_sequence(raw, faults, MAX_ROWS)
+        if not self._are_few(items, faults):
+            return ()
+        drafts: list[Draft] = []
+        for index, item in enumerate(items):
+            here, before = faults.below(index), len(faults.found)
+            content = read_mapping(item, here)
+            if len(faults.found) > before:
+                continue
+            fields = normalise(content, here)
+            if len(faults.found) == before:
+                line = file.lines(here.path) if file.lines else None
+                origin = f"{file.label}:{line}" if line else f"{file.label}, row {index + 1}"
+                drafts.append(draft(fields, origin))
+        if not faults.found and drafts:
+            check_rows([item.row for item in drafts], Faults((), faults.found))
+        return tuple(drafts)
+
+    def _are_few(self, items: list[object], faults: Faults) -> bool:
+        """Note it if checking all formulas and conditions would take long."""
+        rows = [item for item in items if isinstance(item, Mapping)]
+        for row in rows:
+            cost, where = row.get("cost"), row.get("where")
+            formula = cost.get("formula") if isinstance(cost, Mapping) else None
+            if isinstance(formula, str):
+                self.formulas.add(formula)
+            if isinstance(where, str):
+                self.num_condition_characters += len(where)
+        total = sum(map(len, self.formulas))
+        if total > MAX_FORMULAS:
+            faults.add(
+                f"the formulas have {total:,} characters in all; at most {MAX_FORMULAS:,} are "
+                "read: give one formula to several operations, or write grids"
+            )
+        if self.num_condition_characters > MAX_CONDITIONS:
+            faults.add(
+                f"the conditions have {self.num_condition_characters:,} characters in all; at most "
+                f"{MAX_CONDITIONS:,} are read: write fewer 'where', or shorter ones"
+            )
+        return total <= MAX_FORMULAS and self.num_condition_characters <= MAX_CONDITIONS

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from cgmq_fx.cost.attributes import ALL_BITS, bit_names, bit_variables, class_variables, is_target
+from cgmq_fx.cost.computed_cost import ComputedCost
 from cgmq_fx.cost.expression import NUMBER, Expression, Kind, Value
 from cgmq_fx.cost.faults import Faults, nearest
 from cgmq_fx.cost.fields import (
@@ -18,6 +19,7 @@ from cgmq_fx.cost.fields import (
     read_sequence,
     read_text,
     read_uncertainty,
+    read_whole,
 )
 from cgmq_fx.cost.grid import PAIR_AXES, WEIGHT_AXES, Grid, GridEntry
 from cgmq_fx.cost.operation import OP_CLASSES
@@ -26,9 +28,11 @@ from cgmq_fx.errors import CostTableError
 #: What one piece of work may be.
 PER = ("mac", "output_element", "input_element", "weight", "call")
 #: Keys of a row.
-ROW_KEYS = ("op", "where", "per", "cost", "grid", "source", "error")
-_MAX_OPS = 64
-_MAX_ENTRIES = 1024
+ROW_KEYS = ("op", "where", "per", "cost", "grid", "source", "error", "layer")
+ENTRY_KEYS = ("cost", "source", "error")
+MAX_OPS = 64
+MAX_ENTRIES = 1024
+MAX_LAYER = 64
 
 #: Widths at which formulas are tried when a table is read; every width that is used is tried again
 #: when a network is priced.
@@ -59,6 +63,7 @@ def normalise(raw: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
         "where": None,
         "source": read_text(raw.get("source", ""), faults.below("source")),
         "error": read_uncertainty(raw.get("error"), faults.below("error")),
+        "layer": read_whole(raw.get("layer", 0), MAX_LAYER, faults.below("layer")),
     }
     cost, grid, where = raw.get("cost"), raw.get("grid"), raw.get("where")
     if (cost is None) == (grid is None):
@@ -74,15 +79,16 @@ def normalise(raw: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
 
 
 def _ops(value: object, faults: Faults) -> tuple[str, ...]:
-    items = read_sequence([value] if isinstance(value, str) else value, faults, _MAX_OPS)
+    items = read_sequence([value] if isinstance(value, str) else value, faults, MAX_OPS)
     ops: list[str] = []
     for index, item in enumerate(items):
         here = faults.below(index) if len(items) > 1 else faults
         name = read_text(item, here, empty=False)
         if not is_target(name) and name not in OP_CLASSES:
             if name.strip():
+                hint = "" if here.are_many else nearest(name, OP_CLASSES)
                 here.add(
-                    f"unknown operation class{nearest(name, OP_CLASSES)}; one of "
+                    f"unknown operation class{hint}; one of "
                     f"{', '.join(OP_CLASSES)}, "
                     "or an FX target such as 'torch.ops.aten.bmm.default'",
                     name,
@@ -136,7 +142,11 @@ def _where(value: object, ops: tuple[str, ...], faults: Faults) -> Expression | 
     return _checked(value, ops, (), faults, condition=True)
 
 
-def _cost(value: object, ops: tuple[str, ...], faults: Faults) -> Fraction | Expression | None:
+def _cost(
+    value: object, ops: tuple[str, ...], faults: Faults
+) -> Fraction | Expression | ComputedCost | None:
+    if isinstance(value, ComputedCost):
+        return value
     if isinstance(value, Mapping):
         check_keys(value, ("formula",), ("formula",), faults)
         if "formula" not in value:
@@ -176,7 +186,7 @@ def tried_costs(formula: Expression) -> Mapping[tuple[int, int], Fraction]:
 
 
 def _grid(value: object, ops: tuple[str, ...], faults: Faults) -> Grid | None:
-    items = read_sequence(value, faults, _MAX_ENTRIES)
+    items = read_sequence(value, faults, MAX_ENTRIES)
     bits = bit_names(ops)
     allowed = [axes for axes in (WEIGHT_AXES, PAIR_AXES) if f"{axes[0]}_bits" in bits]
     before = len(faults.found)
@@ -194,7 +204,7 @@ def _grid(value: object, ops: tuple[str, ...], faults: Faults) -> Grid | None:
     entries: dict[tuple[int, int], GridEntry] = {}
     for index, raw in enumerate(raws):
         here = faults.below(index)
-        check_keys(raw, (*axes, "cost", "source", "error"), (*axes, "cost"), here)
+        check_keys(raw, (*axes, *ENTRY_KEYS), (*axes, "cost"), here)
         entry = GridEntry(
             first=read_bit_width(raw.get(axes[0], 8), here.below(axes[0])),
             second=read_bit_width(raw.get(axes[1], 8), here.below(axes[1])),

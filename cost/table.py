@@ -3,11 +3,12 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from cgmq_fx.cost.computed_cost import ComputedCost
 from cgmq_fx.cost.content import row_content
 from cgmq_fx.cost.faults import Faults
 from cgmq_fx.cost.monotone import CostTableWarning, row_falls
@@ -22,6 +23,7 @@ from cgmq_fx.cost.table_fields import (
     check_rows,
     normalise_table,
 )
+from cgmq_fx.cost.toml_text import toml_text
 from cgmq_fx.errors import CostTableError
 
 
@@ -186,12 +188,41 @@ class CostTable:
             )
             raise CostTableError(
                 f"cost table {self.name!r} has no row for {len(missing)} operations with {total:,} "
-                f'MACs: {listed}; add rows for them, or set unpriced = "zero" and see them in the '
-                "report"
+                f"MACs: {listed}; {self._priced_where({op.op for op in missing})}add rows for "
+                'them, or set unpriced = "zero" and see them in the report'
             )
 
+    def _priced_where(self, ops: Collection[str]) -> str:
+        """Return under which conditions the rows price some of `ops`; "" where they never do."""
+        found = {
+            (op, row.where.text) for row in self.rows if row.where for op in row.op if op in ops
+        }
+        return "".join(f"{op} is priced where {where}; " for op, where in sorted(found))
+
     def to_json(self) -> dict[str, Any]:
-        """Return the table as the plain values of a table file, rows in a fixed order."""
+        """Return the table as the plain values of a table file, rows in a fixed order.
+
+        Raises:
+            CostTableError: some cost is computed by a function, which no file can hold.
+        """
+        computed = [row for row in self.rows if isinstance(row.cost, ComputedCost)]
+        if computed:
+            listed = "; ".join(map(str, computed))
+            raise CostTableError(
+                f"cost table {self.name!r} cannot be written to a file, since files hold no code: "
+                f"{listed}; write these costs as formulas or grids, or keep the table in Python"
+            )
+        return self._content()
+
+    def to_toml(self) -> str:
+        """Return the text of a table file with the same meaning.
+
+        Raises:
+            CostTableError: some cost is computed by a function, which no file can hold.
+        """
+        return toml_text(self.to_json())
+
+    def _content(self) -> dict[str, Any]:
         rows = [row_content(row) for row in self.rows]
         return {
             "schema": self.schema,
@@ -210,7 +241,7 @@ class CostTable:
     @property
     def digest(self) -> str:
         """SHA-256 of the table's content; the same for the same rows in another order."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -20,9 +20,15 @@ from cgmq_fx.cost.row import Row
 SCHEMA = 1
 UNPRICED = ("error", "zero")
 MAX_ROWS = 2000
+#: Combinations of listed bit-widths in all grids of a table together.
+MAX_PAIRS = 20_000
 #: Keys of a table besides its rows.
 TABLE_KEYS = ("schema", "name", "unit", "source", "input_bits", "reference", "unpriced")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,79}", re.ASCII)
+#: Keys that a file may have besides: its rows, the tables it builds on, and the address of a JSON
+#: Schema, for editors.
+FILE_KEYS = ("row", "include", "$schema")
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,79}"
+_NAME = re.compile(NAME_PATTERN)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ DEFAULT_REFERENCE = Reference()
 
 def normalise_table(raw: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
     """Return the fields of a table besides its rows from what a user wrote, noting every fault."""
-    check_keys(raw, (*TABLE_KEYS, "row"), ("name", "unit"), faults)
+    check_keys(raw, (*TABLE_KEYS, *FILE_KEYS), ("name", "unit"), faults)
     values: dict[str, Any] = {
         "schema": _schema(raw.get("schema", SCHEMA), faults.below("schema")),
         "source": read_text(raw.get("source", ""), faults.below("source")),
@@ -88,25 +94,50 @@ def _reference(value: object, faults: Faults) -> Reference:
 
 
 def check_rows(rows: Iterable[object], faults: Faults) -> None:
-    """Note rows that price the same operations under the same condition."""
-    seen: dict[tuple[str, frozenset[object]], list[tuple[int, Row]]] = {}
-    reported: set[tuple[int, int]] = set()
-    count = 0
-    for index, row in enumerate(rows):
-        count += 1
+    """Note rows that price the same operations under the same condition, and too many rows."""
+    listed = list(rows)
+    if not 1 <= len(listed) <= MAX_ROWS:
+        faults.below("row").add(f"there are {len(listed)} rows; there must be 1 to {MAX_ROWS}")
+        return
+    grids = [row.grid for row in listed if isinstance(row, Row) and row.grid]
+    pairs = sum(len(grid.widths(0)) * len(grid.widths(1)) for grid in grids)
+    if pairs > MAX_PAIRS:
+        faults.below("row").add(
+            f"the grids span {pairs:,} pairs of bit-widths in all; at most {MAX_PAIRS:,} are read: "
+            "list only the widths that the hardware has, or write a formula"
+        )
+    seen: dict[tuple[str, frozenset[object], int], list[tuple[int, frozenset[str]]]] = {}
+    for index, row in enumerate(listed):
+        here = faults.below("row", index)
         if not isinstance(row, Row):
-            faults.below("row", index).add(f"must be a Row, is a {type(row).__name__}", row)
-            continue
-        conditions = frozenset(row.where.conditions if row.where else ())
-        for op in row.op:
-            for other_index, other in seen.setdefault((op, conditions), []):
-                nested = set(row.op) < set(other.op) or set(other.op) < set(row.op)
-                if not nested and (other_index, index) not in reported:
-                    reported.add((other_index, index))
-                    faults.below("row", index).add(
-                        f"has the same condition as row {other_index + 1} and also prices {op!r}; "
-                        "keep one of them, or tell them apart by 'where'"
-                    )
-            seen[op, conditions].append((index, row))
-    if not 1 <= count <= MAX_ROWS:
-        faults.below("row").add(f"there are {count} rows; there must be 1 to {MAX_ROWS}")
+            here.add(f"must be a Row, is a {type(row).__name__}", row)
+        elif (clash := _clash(row, index, seen)) is not None:
+            here.add(
+                f"has the same condition as row {clash[0] + 1}{_place(listed[clash[0]])} and also "
+                f"prices {clash[1]!r}; keep one of them, or tell them apart by 'where'"
+            )
+
+
+def _place(row: object) -> str:
+    return f" ({row.origin})" if isinstance(row, Row) and row.origin else ""
+
+
+def _clash(
+    row: Row,
+    index: int,
+    seen: dict[tuple[str, frozenset[object], int], list[tuple[int, frozenset[str]]]],
+) -> tuple[int, str] | None:
+    """Return an earlier row that ties with `row`, and for which operation; else remember `row`.
+
+    Rows that tie with none are nested in each other, so that the lists in `seen` stay short.
+    """
+    conditions = frozenset(row.where.conditions if row.where else ())
+    ops = frozenset(row.op)
+    places = [(op, seen.setdefault((op, conditions, row.layer), [])) for op in row.op]
+    for op, others in places:
+        for other_index, other in others:
+            if not (ops < other or other < ops):
+                return other_index, op
+    for _, others in places:
+        others.append((index, ops))
+    return None

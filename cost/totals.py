@@ -30,8 +30,8 @@ FLOAT_BITS = 32
 class Resource(Protocol):
     """A cost that a budget may bound, as a function of the bit-widths of all sites.
 
-    Widths are given as indices into `widths`: a ``torch.int64`` tensor, or a sequence of integers,
-    of length `num_sites`. Amounts are exact, in `unit`.
+    Widths are given as indices into `widths`, a sequence of length `num_sites`. Amounts are exact,
+    in `unit`, or "scaled": whole numbers of 1 / `scale` of it.
     """
 
     @property
@@ -58,8 +58,41 @@ class Resource(Protocol):
     def supported(self) -> tuple[tuple[int, ...], ...]:
         """For each site the bit-widths that the hardware has."""
 
-    def total(self, width_index: Tensor) -> Fraction:
+    @property
+    def scale(self) -> int:
+        """Amounts are whole numbers of 1 / `scale` of the unit."""
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What the total is made of: operations or tensors, by the widths of their sites."""
+
+    @property
+    def rows(self) -> tuple[Row | None, ...]:
+        """The row that prices each operation; none where no table prices operations."""
+
+    def total(self, width_index: Sequence[int]) -> Fraction:
         """Return the amount of the whole network."""
+
+    def total_scaled(self, width_index: Sequence[int]) -> int:
+        """Return the scaled amount of the whole network."""
+
+    def bound_scaled(self, bound: Fraction) -> int:
+        """Return the largest scaled total that is within `bound`."""
+
+    def costs(self, width_index: Sequence[int]) -> list[Fraction]:
+        """Return the part that each of `terms` has in the total; they add up to it exactly."""
+
+    def delta_scaled(self, site: int, to: int, width_index: Sequence[int]) -> int:
+        """Return by how much the scaled total changes when one site changes."""
+
+    def relief(self, site: int, to: int, width_index: Sequence[int], limit: int) -> int:
+        """Return how much nearer a scaled total above `limit` comes to it when one site changes.
+
+        Also where the total does not change, since other sites must change as well.
+        """
+
+    def lowest(self, allowed: Sequence[tuple[int, ...]]) -> Lowest:
+        """Return the smallest total, and the widths that reach it."""
 
     def delta(self, site: int, to: int, width_index: Sequence[int]) -> Fraction:
         """Return by how much the total changes when `site` takes the width of index `to`."""
@@ -193,6 +226,10 @@ class SumResource:
         """
         changed = _Changed(width_index, site, to)
         return sum(term.cost(changed) - term.cost(width_index) for term in self._touching[site])
+
+    def relief(self, site: int, to: int, width_index: Sequence[int], limit: int) -> int:
+        """Return what a move saves; in a sum that is all that brings it nearer to `limit`."""
+        return -self.delta_scaled(site, to, width_index)
 
     def delta(self, site: int, to: int, width_index: Sequence[int]) -> Fraction:
         """Return by how much the total changes when `site` takes the width of index `to`."""

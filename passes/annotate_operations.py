@@ -24,6 +24,13 @@ _WEIGHT_OPS = frozenset(
         "linear",
     }
 )
+#: Operations without a product whose operand memory may hold as codes.
+STORED_OPS = frozenset(
+    {
+        "cat", "max_pool", "avg_pool", "reduce", "interpolate", "softmax", "activation",
+        "elementwise", "batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm",
+    }
+)  # fmt: skip
 _ELEMENTWISE_PAIRS = frozenset({"add", "sub", "mul", "div"})
 # Where a product's two factors stand, and the keywords that its signature gives them.
 _FACTORS = {
@@ -72,11 +79,12 @@ def _is_constant(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def operand_of(node: fx.Node, ref: OperandRef) -> Any:
     """Return what `node` is given for the operand `ref`, or None."""
-    if ref.keyword in node.kwargs:
-        return node.kwargs[ref.keyword]
-    if ref.index < len(node.args):
-        return node.args[ref.index]
-    return None
+    found: Any = node.args[ref.index] if ref.index < len(node.args) else None
+    found = node.kwargs.get(ref.keyword, found)
+    if ref.element is None:
+        return found
+    is_list = isinstance(found, list | tuple) and ref.element < len(found)
+    return found[ref.element] if is_list else None
 
 
 def _op_info(gm: fx.GraphModule, node: fx.Node) -> OpInfo:
@@ -99,7 +107,7 @@ def _op_info(gm: fx.GraphModule, node: fx.Node) -> OpInfo:
 
 def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...], str]:
     if node.op == "call_module" and op != "attention":
-        return "none", (), f"the layer '{node.target}' is not opened"
+        return "none", _stored_refs(node, op), f"the layer '{node.target}' is not opened"
     if op in _WEIGHT_OPS:
         return _refs(node, "weight", ((1, "weight"), (0, "input")))
     if op == "embedding":
@@ -111,8 +119,34 @@ def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...],
             return "none", (), "an einsum of other than two tensors"
         return _refs(node, "pair", _FACTORS.get(node.target, ((0, "input"), (1, "other"))))
     if op in _ELEMENTWISE_PAIRS:
-        return _refs(node, "pair", ((0, "input"), (1, "other")))
-    return "none", (), "no operand that a product reads"
+        places = ((0, "input"), (1, "other"))
+        operands, refs, reason = _refs(node, "pair", places)
+        return operands, refs or _tensor_refs(node, places), reason
+    return "none", _stored_refs(node, op), "no operand that a product reads"
+
+
+def _stored_refs(node: fx.Node, op: str) -> tuple[OperandRef, ...]:
+    """Return the operands of an operation without a product that memory may hold as codes."""
+    if op not in STORED_OPS or (op == "elementwise" and len(node.all_input_nodes) > 1):
+        return ()
+    if op != "cat":
+        return _tensor_refs(node, ((0, "input"),))
+    tensors = operand_of(node, OperandRef(0, "tensors", is_weight=False))
+    return tuple(
+        OperandRef(0, "tensors", IS_CONSTANT.get(item), element)
+        for element, item in enumerate(tensors if isinstance(tensors, list | tuple) else ())
+        if isinstance(item, fx.Node)
+    )
+
+
+def _tensor_refs(node: fx.Node, places: tuple[tuple[int, str], ...]) -> tuple[OperandRef, ...]:
+    """Return those of the operands that the graph computes."""
+    return tuple(
+        OperandRef(index, keyword, IS_CONSTANT.get(value))
+        for index, keyword in places
+        for value in (operand_of(node, OperandRef(index, keyword, is_weight=False)),)
+        if isinstance(value, fx.Node)
+    )
 
 
 def _refs(

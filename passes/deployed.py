@@ -153,6 +153,8 @@ def _storage(write: fx.Node) -> frozenset[fx.Node]:
 
 def _memory_sources(node: fx.Node) -> list[fx.Node]:
     """Return the operands whose memory the result of `node` may be."""
+    if node.op == "output":
+        return []  # else all outputs would share memory with one another
     if is_write(node):
         return node.all_input_nodes[:1]
     asks = node.target in (getattr, len) or node.target in _QUESTION_METHODS

@@ -202,9 +202,14 @@ def _insert(
 
 
 def _replace_operand(node: fx.Node, ref: OperandRef, value: fx.Node) -> None:
+    def replaced(found: Any) -> Any:
+        if ref.element is None:
+            return value
+        return [value if place == ref.element else item for place, item in enumerate(found)]
+
     if ref.keyword in node.kwargs:
-        node.kwargs = {**node.kwargs, ref.keyword: value}
+        node.kwargs = {**node.kwargs, ref.keyword: replaced(node.kwargs[ref.keyword])}
     else:
         node.args = tuple(
-            value if index == ref.index else arg for index, arg in enumerate(node.args)
+            replaced(arg) if index == ref.index else arg for index, arg in enumerate(node.args)
         )

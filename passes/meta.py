@@ -82,11 +82,13 @@ class OperandRef:
         index: position in `node.args`.
         keyword: name in `node.kwargs`; the operand is read from there when it is present.
         is_weight: the operand does not depend on the inputs of the model.
+        element: position in the list that stands there, None where no list does.
     """
 
     index: int
     keyword: str
     is_weight: bool
+    element: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class OpInfo:
         op: operation class, such as ``conv2d``.
         target: the FX target in full.
         operands: the kind of bit-widths the operation has.
-        refs: its quantizable operands, in the order of its bit-widths.
+        refs: its quantizable operands, in the order of its bit-widths. Where `operands` is
+            ``none``, operands that no price depends on, but that memory may hold as codes.
         reason: why the operation has no quantizable operand, for the coverage ledger.
     """
 

@@ -25,6 +25,10 @@ from cgmq_fx.passes.meta import (
 from cgmq_fx.passes.values import find_attribute
 from cgmq_fx.quantizers import Quantizer, QuantizerSet
 
+# Classes that, given one tensor, compute where it stands or pick among its elements.
+_FOLLOWING = frozenset(
+    {"max_pool", "activation", "elementwise", "batch_norm", "add", "sub", "mul", "div"}
+)
 # A container of modules has attributes of its own, such as `add`.
 _ATTRIBUTES = frozenset(dir(QuantizerSet()))
 
@@ -42,6 +46,9 @@ class ShareQuantizers(GraphPass):
     Args:
         ops: operation classes, or FX targets in full, all of whose operands are quantized.
         weight_ops: those of which only weights are.
+        stored_ops: those of which only activations are, so that memory holds them as codes. An
+            operation that computes in place or just picks elements, and alone reads its operand, is
+            left as it is: the operand is stored as codes of the result's quantizer.
     """
 
     name: ClassVar[str] = "share-quantizers"
@@ -50,6 +57,7 @@ class ShareQuantizers(GraphPass):
 
     ops: frozenset[str]
     weight_ops: frozenset[str] = frozenset()
+    stored_ops: frozenset[str] = frozenset()
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Annotate `gm`; see `GraphPass.run`."""
@@ -57,16 +65,18 @@ class ShareQuantizers(GraphPass):
         operands = [
             (node, ref, tensor)
             for node in gm.graph.nodes
-            if node in deployed and OP_INFO.get(node).operands != "none"
+            if node in deployed
             for ref, tensor in _float_operands(gm, node)
         ]
         tensors = nx.Graph()
-        chosen = [(n, ref, tensor) for n, ref, tensor in operands if self._is_chosen(n, ref)]
+        chosen = [
+            (n, ref, tensor) for n, ref, tensor in operands if self._is_chosen(n, ref, deployed)
+        ]
         for _, _, tensor in chosen:
             tensors.add_edge(tensor, _storage(gm, tensor))
         for node, ref, tensor in operands:
             tied = OP_INFO.get(node).op == "embedding" and _storage(gm, tensor) in tensors
-            if tied and not self._is_chosen(node, ref):
+            if tied and not self._is_chosen(node, ref, deployed):
                 tensors.add_edge(tensor, _storage(gm, tensor))
                 chosen.append((node, ref, tensor))
         site_of = _name_sites(gm, tensors)
@@ -77,10 +87,21 @@ class ShareQuantizers(GraphPass):
             SITES.set(node, tuple(sites))
         return False
 
-    def _is_chosen(self, node: fx.Node, ref: OperandRef) -> bool:
+    def _is_chosen(self, node: fx.Node, ref: OperandRef, deployed: frozenset[fx.Node]) -> bool:
         info = OP_INFO.get(node)
         names = {info.op, info.target}
-        return bool(names & self.ops) or (ref.is_weight and bool(names & self.weight_ops))
+        if info.operands != "none" and names & self.ops:
+            return True
+        if ref.is_weight:
+            return info.operands != "none" and bool(names & self.weight_ops)
+        return bool(names & self.stored_ops) and not _follows(node, ref, deployed)
+
+
+def _follows(node: fx.Node, ref: OperandRef, deployed: frozenset[fx.Node]) -> bool:
+    """Tell whether `node` alone reads an operand, and stores it as it stores its result."""
+    info = OP_INFO.get(node)
+    users = [user for user in operand_of(node, ref).users if user in deployed]
+    return info.operands == "none" and info.op in _FOLLOWING and len(users) == 1
 
 
 def _float_operands(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[OperandRef, fx.Node]]:

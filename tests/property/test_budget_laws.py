@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from budget_cases import WIDTHS, accounting, best_loss, resource, term
 from cgmq_fx.allocate import allocate
+from cgmq_fx.explain_budget import check_feasible
 
 LOSS = st.floats(0, 1e6, allow_nan=False)
 
@@ -55,7 +56,7 @@ def check_choice(found, chosen):
 @given(networks())
 def test_a_choice_is_within_every_limit(drawn):
     found, predicted = drawn
-    found.check_feasible()
+    check_feasible(found)
     assert best_loss(found, predicted) is not None
     check_choice(found, allocate(found, predicted))
 

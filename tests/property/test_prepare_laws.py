@@ -204,7 +204,7 @@ def check_feasibility(drawn: Drawn | ZooCase) -> None:
         return
     options = {"example_inputs": inputs, "batch_axis": getattr(drawn, "batch_axis", 0)}
     prepare(model, f"{floor} BOP", **options)
-    with pytest.raises(BudgetError, match=r"below the floor .* Ways out") as caught:
+    with pytest.raises(BudgetError, match=r"(?s)below the floor .*\nWays out") as caught:
         prepare(model, f"{float(floor) - 0.5} BOP", **options)
     dearest = max(accounting.operations, key=lambda bound: cost_at_floor(accounting, bound))
     assert dearest.operation.name in str(caught.value)

@@ -67,7 +67,7 @@ def test_tables_show_reads_a_file_with_a_grid_and_brackets(capsys, table_file):
     text = FALLING.replace("cost = 3", "cost = 1").replace("[[row]]", 'source = "[b]"\n[[row]]')
     assert main(["tables", "show", table_file(text)]) == 0
     out = capsys.readouterr().out
-    assert "weight 4 x activation 8: 1; weight 8 x" in " ".join(out.split())
+    assert "weight \\ activation 8 4 1 8 2" in " ".join(out.split())
     assert "[b]" in out
 
 

@@ -4,8 +4,9 @@ from fractions import Fraction
 
 import pytest
 
+from cgmq_fx.cost.find import table_names
 from cgmq_fx.cost.lines import json_lines, line_of, toml_lines
-from cgmq_fx.cost.load import get_table, load_table, table_names
+from cgmq_fx.cost.load import get_table, load_table
 from cgmq_fx.cost.monotone import CostTableWarning
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.errors import CostTableError
@@ -94,7 +95,7 @@ def test_content_reads_back(write):
 def test_table_and_name():
     table = load_table("bops")
     assert table is get_table("bops") is load_table(table)
-    assert table_names() == ("bops", "macs")
+    assert {"bops", "macs", "energy_45nm"} <= set(table_names())
 
 
 FAULTY = (
@@ -177,7 +178,7 @@ def test_malformed_json_files(write, text, message):
 
 def test_file_that_is_too_large(write):
     path = write(b"#" * (50 << 20))
-    with pytest.raises(CostTableError, match="has 52,428,800 bytes; at most 1,048,576"):
+    with pytest.raises(CostTableError, match="has 52,428,800 bytes; at most 262,144"):
         load_table(path)
 
 
@@ -284,3 +285,50 @@ def test_json_lines():
         ("c",): 3,
         ("d",): 4,
     }
+
+
+ROW = '[[row]]\nop = "conv2d"\nper = "mac"\nwhere = "kernel_0 == {i}"\n'
+MANY = [
+    ('cost = {{ formula = "weight_bits * {i}" }}', 300, r":3: row: the formulas have 4,990 char"),
+    ('cost = {i} # "', 2000, None),
+    ("cost = 1", 2001, r":3: row: has 2001 items; it must have 1 to 2000"),
+]
+
+
+@pytest.mark.parametrize(("cost", "count", "message"), MANY)
+def test_tables_that_would_take_long(write, cost, count, message):
+    rows = "".join(f"{ROW}{cost}\n".format(i=i) for i in range(count))
+    path = write('name = "x"\nunit = "BOP"\n' + rows)
+    if message is None:
+        assert len(load_table(path).rows) == count
+        return
+    with pytest.raises(CostTableError, match=message):
+        load_table(path)
+
+
+def test_conditions_that_would_take_long(write):
+    rows = "".join(
+        ROW.format(i=f"{i} and {'bias and ' * 60} bias") + "cost = 1\n" for i in range(99)
+    )
+    with pytest.raises(CostTableError, match=r":3: row: the conditions have 5\d,\d+ char.*fewer"):
+        load_table(write('name = "x"\nunit = "BOP"\n' + rows))
+
+
+def test_grids_that_would_take_long(write):
+    pairs = [(i, 64 - i) for i in range(64)] + [(64, 64)]
+    grid = [{"weight": w, "activation": a, "cost": 1} for w, a in pairs]
+    rows = [
+        {"op": "conv2d", "per": "mac", "where": f"kernel_0 == {i}", "grid": grid} for i in range(5)
+    ]
+    with pytest.raises(CostTableError, match=r"the grids span 20,800 pairs .* at most 20,000"):
+        load_table({"name": "x", "unit": "BOP", "row": rows})
+
+
+def test_values_that_cannot_be_shown(write):
+    path = write('name = "x"\nunit = "BOP"\nrow = []\ninput_bits = 0x' + "f" * 9000)
+    with pytest.raises(CostTableError, match=r":4: input_bits = .a int too large to show.: must"):
+        load_table(path)
+    with pytest.raises(CostTableError, match=r"npu.json:1: '.x1f' = 1: unknown key"):
+        load_table(write('{"\\u001f": 1}', "npu.json"))
+    with pytest.raises(CostTableError, match=r"npu.json:1: name = .*half of a surrogate pair"):
+        load_table(write('{"name": "\\ud800"}', "npu.json"))
