@@ -13,8 +13,8 @@ from cgmq_fx.quantizers import Quantizer
 class AttentionQuantizer(Quantizer):
     """A quantizer for attention weights, called like `F.scaled_dot_product_attention`.
 
-    At 32 bits it is that function, bit for bit. Below, the attention weights are computed, quantized
-    and multiplied with the values.
+    At 32 bits it is that function, bit for bit. Below, the attention weights are computed,
+    quantized and multiplied with the values.
     """
 
     def forward(  # type: ignore[override]
