@@ -3,8 +3,8 @@
     python benchmarks/mnist_accuracy.py --data-root data
 
 Every run is the example as a user would start it, one process and one thread each. The bound on the
-cost is checked by `lower`; the last state is taken, so that nothing is chosen by the test set. Writes
-benchmarks/results/mnist_accuracy.md.
+cost is checked by `lower`; the last state is taken, so that nothing is chosen by the test set.
+Writes benchmarks/results/mnist_accuracy.md.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def table(runs: list[Run], arguments: argparse.Namespace) -> str:
     lines = [
         "# LeNet-5 on MNIST",
         "",
-        f"`python benchmarks/mnist_accuracy.py {options}`; accuracies of the 10,000 test images, %.",
+        f"`python benchmarks/mnist_accuracy.py {options}`; accuracy on 10,000 test images, %.",
         "",
         "| budget (relative BOPs) | seed | float | fixed | relative BOPs, % | seconds |",
         "| --- | --- | --- | --- | --- | --- |",
