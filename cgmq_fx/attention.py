@@ -13,8 +13,8 @@ from cgmq_fx.quantizers import Quantizer
 class AttentionQuantizer(Quantizer):
     """A quantizer for attention weights, called like `F.scaled_dot_product_attention`.
 
-    At 32 bits it is that function, bit for bit. Below, the attention weights are computed, quantized
-    and multiplied with the values.
+    At 32 bits it is that function, bit for bit. Below, the attention weights are computed,
+    quantized and multiplied with the values.
     """
 
     def forward(  # type: ignore[override]
@@ -56,12 +56,26 @@ class AttentionQuantizer(Quantizer):
                 enable_gqa=enable_gqa,
             )
         weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)
-        quantized: Tensor = super().forward(weights)
-        if dropout_p > 0.0:
-            quantized = F.dropout(quantized, p=dropout_p)
-        if enable_gqa:
-            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-        return quantized @ value
+        return weighted_values(super().forward(weights), query, value, dropout_p, enable_gqa)
+
+
+def weighted_values(
+    weights: Tensor, query: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool
+) -> Tensor:
+    """Return the second product of attention, ``(..., target, value_width)``.
+
+    Args:
+        weights: ``(..., heads, target, source)``.
+        query: for its number of heads, with which `value` is shared where `enable_gqa`.
+        value: ``(..., heads, source, value_width)``.
+        dropout_p: probability of dropping an attention weight; 0 means none.
+        enable_gqa: several query heads share a value head.
+    """
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, p=dropout_p)
+    if enable_gqa:
+        value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
+    return weights @ value
 
 
 def attention_weights(

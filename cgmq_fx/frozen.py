@@ -6,10 +6,9 @@ The arithmetic is that of `cgmq_fx.fake_quantize`, so that values are equal bit 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cgmq_fx.attention import attention_weights
+from cgmq_fx.attention import attention_weights, weighted_values
 from cgmq_fx.errors import UsageError
 from cgmq_fx.fake_quantize import Grid, to_steps, widen
 from cgmq_fx.quantizers import QParams
@@ -169,9 +168,4 @@ class FrozenAttention(FrozenQuantizer):
     ) -> Tensor:
         """Return the attention output; arguments as of `F.scaled_dot_product_attention`."""
         weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)
-        quantized = super().forward(weights)
-        if dropout_p > 0.0:
-            quantized = F.dropout(quantized, p=dropout_p)
-        if enable_gqa:
-            value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-        return quantized @ value
+        return weighted_values(super().forward(weights), query, value, dropout_p, enable_gqa)

@@ -1,5 +1,4 @@
-"""Every lowered module is within its budget, recomputed by code that shares nothing with "
-"training."""
+"""Every lowered module is within its budget, recomputed by code of its own."""
 
 import random
 from collections.abc import Callable

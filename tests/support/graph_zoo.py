@@ -157,6 +157,14 @@ def _in_place_alias(self: Any, x: Tensor) -> Tensor:
     return alias.mul_(0.5)
 
 
+def _changed_between_reads(self: Any, x: Tensor) -> Tensor:
+    y = self.first(x)
+    view = y.view_as(y)
+    before = self.second(view)
+    y.mul_(0.5)
+    return before - self.second(view)
+
+
 def _branches(self: Any, x: Tensor) -> Tensor:
     left = self.left(x)
     right = self.right(F.avg_pool2d(x, 3, 1, 1))
@@ -277,6 +285,11 @@ ZOO = (
     ),
     ZooCase(
         "in-place alias", lambda: Calls(_in_place_alias, conv=nn.Conv2d(1, 2, 3)), _images(1, 5, 5)
+    ),
+    ZooCase(
+        "changed between reads",
+        lambda: Calls(_changed_between_reads, first=nn.Linear(4, 4), second=nn.Linear(4, 3)),
+        _images(4),
     ),
     ZooCase("module twice", lambda: Calls(_twice, layer=nn.Linear(4, 4)), _images(4)),
     ZooCase("products", lambda: Calls(_products, proj=nn.Linear(6, 3, bias=False)), _images(5, 6)),

@@ -118,7 +118,9 @@ def test_costs_that_fall_with_the_bits():
 
 
 def test_the_floor_of_costs_that_fall_with_the_bits():
-    with pytest.raises(BudgetError, match=r"(?s)floor 10 BOP.*a \(100.0 % of the floor, s0 at 16 bits"):
+    with pytest.raises(
+        BudgetError, match=r"(?s)floor 10 BOP.*a \(100.0 % of the floor, s0 at 16 bits"
+    ):
         check_feasible(falling(9))
 
 
@@ -127,13 +129,15 @@ def test_budgets_that_exclude_each_other():
     up = resource("up", 1, [term("a", 0, None, lambda bits, _: bits)])
     down = resource("down", 1, [term("a", 0, None, lambda bits, _: 40 - bits)])
     found = accounting([WIDTHS], [up, down], [2, 8])
-    with pytest.raises(BudgetError, match=r"(?s)no bit-widths were found that meet all.*exceed down"):
+    with pytest.raises(
+        BudgetError, match=r"(?s)no bit-widths were found that meet all.*exceed down"
+    ):
         check_feasible(found)
 
 
 @pytest.mark.parametrize("num_resources", [1, 2, 3])
 def test_near_the_optimum(num_resources):
-    """Mean excess over the best of all choices: 3 %, 1 %, 1 % for one, two, three resources."""
+    """Measured on 450 such networks: the optimum in 95 % of them, mean excess 5 %, once 780 %."""
     rng = random.Random(num_resources)
     excess = []
     for _ in range(60):
