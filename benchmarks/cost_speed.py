@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cgmq_fx.cost.load import get_table
 from cgmq_fx.cost.operation import BitSource, BoundOperation, Operation
+from cgmq_fx.cost.peak_memory import PEAK_ACTIVATION_MEMORY, Buffer, PeakMemory
 from cgmq_fx.cost.totals import SumResource, price
 
 WIDTHS = (2, 4, 8, 16, 32)
@@ -74,11 +75,23 @@ def chain(num_operations: int) -> tuple[list[BoundOperation], int]:
     return found, weight
 
 
-def measure(name: str, num_operations: int, repeats: int) -> tuple[Speed, SumResource]:
-    """Return the medians for one table, and the priced network."""
+def resource_of(name: str, num_operations: int) -> SumResource | PeakMemory:
+    """Return the chain's cost by a table, or the peak of its activations."""
     operations, num_sites = chain(num_operations)
+    if name != PEAK_ACTIVATION_MEMORY:
+        return price(operations, get_table(name), num_sites, WIDTHS)
+    buffers = [
+        Buffer(f"layer{place}", 100 + 37 * (place % 101), place, place + 1 + place % 3, place)
+        for place in range(num_operations)
+    ]
+    return PeakMemory(buffers, num_sites, WIDTHS)
+
+
+def measure(name: str, num_operations: int, repeats: int) -> tuple[Speed, SumResource | PeakMemory]:
+    """Return the medians for one table, and the priced network."""
     start = time.perf_counter()
-    resource = price(operations, get_table(name), num_sites, WIDTHS)
+    resource = resource_of(name, num_operations)
+    num_sites = resource.num_sites
     pricing = 1000 * (time.perf_counter() - start)
     rng = random.Random(0)
     choices = [[WIDTHS.index(bits) for bits in resource.supported[s]] for s in range(num_sites)]
@@ -95,7 +108,7 @@ def measure(name: str, num_operations: int, repeats: int) -> tuple[Speed, SumRes
         resource.delta(site, rng.choice(choices[site]), listed)
 
     medians = [_median(call, repeats) for call in (change, lambda: resource.total(index), delta)]
-    if resource.total(index) != sum(resource.costs(index)):
+    if resource.total(index) != sum(resource.costs(index.tolist())):
         raise SystemExit(f"{name}: the total is not the sum of the operations")
     return Speed(name, pricing, *medians), resource
 
@@ -144,7 +157,7 @@ def no_device() -> Iterator[list[str]]:
     found += watch.found
 
 
-def device_uses(resource: SumResource) -> list[str]:
+def device_uses(resource: SumResource | PeakMemory) -> list[str]:
     """Return what a change and a re-evaluation do on an accelerator: nothing, if all is well."""
     index = torch.tensor([WIDTHS.index(max(bits)) for bits in resource.supported])
     with no_device() as found:
@@ -179,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--operations", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=500)
-    parser.add_argument("--tables", nargs="+", default=["bops", "mpic"])
+    parser.add_argument("--tables", nargs="+", default=["bops", "mpic", PEAK_ACTIVATION_MEMORY])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

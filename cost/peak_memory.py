@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
+import torch
+from torch import Tensor
+
 from cgmq_fx.cost.floor import Lowest
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.terms import Term
+from cgmq_fx.cost.totals import MAX_INT64_SUM
 from cgmq_fx.errors import UsageError
 
 #: What budgets call the resource.
@@ -92,6 +96,7 @@ class PeakMemory:
             if buffer.site is not None:
                 self._touching[buffer.site].append(number)
         self._kept: _Profile | None = None
+        self._build_gather()
         sizes = [0 if b.is_copy else b.elements * _float_bits(b) for b in self.buffers]
         self.reference = Fraction(max(self._profile_of(sizes), default=0), self.scale)
 
@@ -120,11 +125,36 @@ class PeakMemory:
             self._kept = _Profile(at, live)
         return self._kept
 
-    def total_scaled(self, width_index: Sequence[int]) -> int:
-        """Return the peak in bits."""
-        return self._profile(width_index).peak
+    def _build_gather(self) -> None:
+        """Lay the sizes of all buffers end to end; a buffer's stands at offset + index * stride."""
+        cells = [sizes for _, sizes in self._sizes]
+        self._fits_int64 = sum(map(max, cells)) < MAX_INT64_SUM
+        if not self._fits_int64:
+            return
+        lengths = torch.tensor([len(sizes) for sizes in cells], dtype=torch.int64)
+        self._flat = torch.tensor([size for sizes in cells for size in sizes], dtype=torch.int64)
+        self._offset = lengths.cumsum(0) - lengths
+        self._site = torch.tensor([max(site, 0) for site, _ in self._sizes], dtype=torch.int64)
+        self._stride = (lengths > 1).to(torch.int64)
+        self._start, self._stop = torch.tensor(self._spans, dtype=torch.int64).reshape(-1, 2).T
 
-    def total(self, width_index: Sequence[int]) -> Fraction:
+    def _peak_of(self, width_index: Tensor) -> int:
+        """Return the peak in bits, for all buffers at once."""
+        index = width_index.to("cpu", torch.int64)
+        sizes = self._flat[self._offset + index[self._site] * self._stride]
+        changes = torch.zeros(self._num_moments + 1, dtype=torch.int64)
+        changes.index_add_(0, self._start, sizes).index_add_(0, self._stop, -sizes)
+        return int(changes.cumsum(0).max())
+
+    def total_scaled(self, width_index: Tensor | Sequence[int]) -> int:
+        """Return the peak in bits."""
+        whole = isinstance(width_index, Tensor) and len(width_index) == self.num_sites
+        if whole and self._fits_int64 and self.num_sites:
+            assert isinstance(width_index, Tensor)
+            return self._peak_of(width_index)
+        return self._profile(list(map(int, width_index))).peak
+
+    def total(self, width_index: Tensor | Sequence[int]) -> Fraction:
         """Return the peak, for one sample."""
         return Fraction(self.total_scaled(width_index), self.scale)
 

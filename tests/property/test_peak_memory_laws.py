@@ -195,6 +195,7 @@ def test_totals_changes_and_parts_agree_on_random_buffers():
         index = [rng.randrange(len(WIDTHS)) for _ in range(resource.num_sites)]
         live = direct(buffers, index)
         assert resource.total_scaled(index) == max(live)
+        assert resource.total_scaled(torch.tensor(index)) == max(live)
         assert sum(resource.costs(index)) == resource.total(index) == Fraction(max(live), 8)
         limit = rng.randint(0, max(live))
         for site in range(resource.num_sites):

@@ -70,7 +70,11 @@ MAY_IMPORT = {
 }
 # What the lower groups may take from outside the standard library; the others take what they need.
 THIRD_PARTY = {"values": set(), "cost": set(), "quantizers": {"torch"}}
-THIRD_PARTY_OF_MODULE = {"cgmq_fx.cost.totals": {"torch"}}  # vectorised totals are tensors
+# Vectorised totals are tensors.
+THIRD_PARTY_OF_MODULE = {
+    "cgmq_fx.cost.totals": {"torch"},
+    "cgmq_fx.cost.peak_memory": {"torch"},
+}
 WITHOUT_FX = {"values", "cost", "quantizers"}
 
 

@@ -18,7 +18,7 @@ def cost_speed():
     del sys.modules["cost_speed"]
 
 
-@pytest.mark.parametrize("table", ["bops", "mpic"])
+@pytest.mark.parametrize("table", ["bops", "mpic", "peak_activation_memory"])
 def test_a_change_of_bit_widths(cost_speed, table):
     """The bound of the benchmark is 1 ms; here ten times that, since other tests run beside."""
     speed, resource = cost_speed.measure(table, 10_000, 50)
