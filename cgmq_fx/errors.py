@@ -21,7 +21,8 @@ class BudgetError(CgmqError):
         floors: the least that each resource with a budget can cost alone, in its unit.
         feasible: for every resource with a budget a figure, in its unit, such that all of them
             together are feasible; the budgets that need not be raised stand here as they were.
-        suggestion: the same as a budget to give to `prepare`, rounded up to readable figures.
+        suggestion: the budgets to raise, rounded up to readable figures, under the names that the
+            caller gave them: ``{**budget, **error.suggestion}`` is feasible.
         unlocks: single changes of which each makes the budgets feasible as they are: keyword
             arguments for `prepare`.
     """

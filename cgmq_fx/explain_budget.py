@@ -77,7 +77,7 @@ class _Explainer:
             "\n".join(lines),
             floors=self.floors,
             feasible=feasible,
-            suggestion={name: self._figure(name, feasible[name]) for name in raised},
+            suggestion={self._written(name): self._figure(name, feasible[name]) for name in raised},
             unlocks=[change.arguments for change in self.changes if change.unlocks],
         )
 
@@ -103,6 +103,13 @@ class _Explainer:
             if fitting:
                 alone[name] = min(total[name] for total in fitting)
         return {name: max(limit, best[name]) for name, limit in limits.items()}, alone
+
+    def _written(self, name: str) -> str:
+        """Return what the caller named the resource: ``energy`` for the one table of its kind."""
+        if self.settings is None:
+            return name
+        given = (written for written, _ in self.settings.budget)
+        return dict(zip(self.settings.limits, given, strict=True)).get(name) or name
 
     def _figure(self, name: str, amount: Fraction) -> str:
         """Return `amount` rounded up, as a budget is written: a share where a share was given."""

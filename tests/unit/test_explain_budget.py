@@ -174,3 +174,12 @@ def test_a_figure_that_is_shown_is_never_below(seed):
         back = convert(number, shown.symbol, unit)
         assert amount <= back <= amount * (1 + Fraction(1, 10**5))
     assert number_at_least(amount, 4).replace(".", "").isdecimal()
+
+
+def test_a_suggestion_keeps_the_names_of_the_budget():
+    model, x = torch.nn.Linear(8, 4), torch.randn(2, 8)
+    budget = {"bops": "0.5%", "energy": "1 pJ"}
+    with pytest.raises(BudgetError) as caught:
+        prepare(model, budget, example_inputs=x)
+    assert set(caught.value.suggestion) == set(budget)
+    prepare(model, {**budget, **caught.value.suggestion}, example_inputs=x)
