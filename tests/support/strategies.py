@@ -189,9 +189,16 @@ def _pooled(dims: int, channels: int) -> st.SearchStrategy[_Maker]:
     return st.sampled_from(
         (
             _Maker("max_pool", lambda: Stage(lambda x: _MAX_POOL[dims](x, 2, 1)), channels),
-            _Maker("avg_pool", lambda: _AVG_POOL[dims](3, stride=1, padding=1), channels),
+            _Maker("avg_pool", lambda: _avg_pool(dims), channels),
         )
     )
+
+
+def _avg_pool(dims: int) -> nn.Module:
+    if dims < 3:
+        return _AVG_POOL[dims](3, stride=1, padding=1)
+    # In three dimensions torch refuses a kernel larger than the input without its padding.
+    return nn.Sequential(nn.ZeroPad3d(1), nn.AvgPool3d(3, stride=1))
 
 
 def _tokens(x: Tensor) -> Tensor:
