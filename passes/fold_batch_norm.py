@@ -14,15 +14,9 @@ from cgmq_fx.frozen import FrozenWeight
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass, Numerics
 from cgmq_fx.passes.meta import (
-    COUNTED_MACS,
-    IS_CONSTANT,
-    IS_NONNEGATIVE,
     MODULE_PATH,
-    OP_INFO,
-    PRICES,
-    SITES,
+    OPERATION_KEYS,
     VALUE,
-    WORK,
     MetaKey,
     OperandRef,
     TensorInfo,
@@ -60,9 +54,7 @@ class FoldBatchNorm(GraphPass):
 
     name: ClassVar[str] = "fold-batch-norm"
     numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
-    invalidates: ClassVar[frozenset[MetaKey[Any]]] = frozenset(
-        {OP_INFO, IS_CONSTANT, IS_NONNEGATIVE, COUNTED_MACS, WORK, SITES, PRICES}
-    )
+    invalidates: ClassVar[frozenset[MetaKey[Any]]] = OPERATION_KEYS
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Fold what can be folded in `gm`; see `GraphPass.run`."""

@@ -15,15 +15,9 @@ from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.constants import constant_value
 from cgmq_fx.passes.deployed import written_nodes
 from cgmq_fx.passes.meta import (
-    COUNTED_MACS,
-    IS_CONSTANT,
-    IS_NONNEGATIVE,
     MODULE_PATH,
-    OP_INFO,
-    PRICES,
-    SITES,
+    OPERATION_KEYS,
     VALUE,
-    WORK,
     MetaKey,
     TensorInfo,
 )
@@ -55,9 +49,7 @@ class FreezeBitWidths(GraphPass):
     """
 
     name: ClassVar[str] = "freeze-bit-widths"
-    invalidates: ClassVar[frozenset[MetaKey[Any]]] = frozenset(
-        {OP_INFO, IS_CONSTANT, IS_NONNEGATIVE, COUNTED_MACS, WORK, SITES, PRICES}
-    )
+    invalidates: ClassVar[frozenset[MetaKey[Any]]] = OPERATION_KEYS
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Freeze all quantizers of `gm`; see `GraphPass.run`."""

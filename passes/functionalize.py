@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast, final
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -18,7 +17,7 @@ from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.guards import TrainingMode
 from cgmq_fx.passes.meta import MODULE_PATH
 from cgmq_fx.passes.multi_head_attention import can_open, open_attention
-from cgmq_fx.passes.proxies import TracedValue
+from cgmq_fx.passes.record import Recorder, erase_between
 from cgmq_fx.passes.tracer import TRAINING_MODE
 
 # Layers whose forward depends on the training mode or changes state stay modules.
@@ -45,13 +44,6 @@ class Functionalize(GraphPass):
         return any(opened)
 
 
-class _Recorder(GraphAppendingTracer):
-    """Records what a layer does in front of the node that calls it."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return TracedValue(node, self)
-
-
 def _open_node(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module":
         return False
@@ -64,8 +56,7 @@ def _open_node(gm: fx.GraphModule, node: fx.Node) -> bool:
             result = _record(gm, module, node)
             replaced = _as_nodes(result, gm.graph)
     except Exception:  # a forward that cannot be recorded: the layer stays closed, and is priced so
-        while node.prev is not before:
-            gm.graph.erase_node(node.prev)
+        erase_between(before, node)
         return False
     node.replace_all_uses_with(replaced)
     gm.graph.erase_node(node)
@@ -98,7 +89,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> Any:
-    recorder = _Recorder(gm.graph)
+    recorder = Recorder(gm.graph)
     twin = _with_proxies(module, str(node.target), recorder)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)  # type: ignore[arg-type]
     if isinstance(module, _ConvTransposeNd) and _output_size(node) is not None:
@@ -115,7 +106,7 @@ def _output_size(node: fx.Node) -> Any:
     return node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
 
 
-def _recorded(recorder: _Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
     def record(*args: Any) -> fx.Proxy:
         return recorder.create_proxy("call_function", function, args, {})
 
@@ -128,7 +119,7 @@ def find_output_padding(data: torch.Tensor, output_size: Sequence[int], *geometr
     return _ConvTransposeNd._output_padding(cast(Any, None), data, list(output_size), *geometry)
 
 
-def _mode_node(gm: fx.GraphModule, recorder: _Recorder) -> fx.Proxy:
+def _mode_node(gm: fx.GraphModule, recorder: Recorder) -> fx.Proxy:
     for node in gm.graph.nodes:
         if node.op == "call_module" and node.target == TRAINING_MODE:
             return recorder.proxy(node)
@@ -140,7 +131,7 @@ def _mode_node(gm: fx.GraphModule, recorder: _Recorder) -> fx.Proxy:
         return recorder.proxy(gm.graph.call_module(TRAINING_MODE))
 
 
-def _with_proxies(module: nn.Module, path: str, recorder: _Recorder) -> nn.Module:
+def _with_proxies(module: nn.Module, path: str, recorder: Recorder) -> nn.Module:
     """Return a shallow twin of `module` whose parameters and buffers are proxies."""
     twin = copy.copy(module)
     for kind in ("_parameters", "_buffers"):

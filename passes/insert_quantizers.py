@@ -13,15 +13,13 @@ from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.deployed import deployed_nodes, written_nodes
 from cgmq_fx.passes.meta import (
-    COUNTED_MACS,
     IS_CONSTANT,
     IS_NONNEGATIVE,
     MODULE_PATH,
     OP_INFO,
-    PRICES,
+    OPERATION_KEYS,
     SITES,
     VALUE,
-    WORK,
     MetaKey,
     OperandRef,
 )
@@ -58,9 +56,7 @@ class InsertQuantizers(GraphPass):
     requires: ClassVar[frozenset[MetaKey[Any]]] = frozenset(
         {SITES, OP_INFO, IS_CONSTANT, IS_NONNEGATIVE}
     )
-    invalidates: ClassVar[frozenset[MetaKey[Any]]] = frozenset(
-        {OP_INFO, IS_CONSTANT, IS_NONNEGATIVE, VALUE, COUNTED_MACS, WORK, SITES, PRICES}
-    )
+    invalidates: ClassVar[frozenset[MetaKey[Any]]] = OPERATION_KEYS | {VALUE}
 
     widths: tuple[int, ...] = DEFAULT_WIDTHS
     input_bits: int | None = 8

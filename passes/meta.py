@@ -6,7 +6,7 @@ re-tracing and pickling lose; what must last lives in the modules of the graph.
 """
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx
@@ -128,3 +128,9 @@ WORK: MetaKey[tuple[Operation, ...]] = MetaKey("cgmq_fx.work", "annotate-work")
 SITES: MetaKey[tuple[SiteRef, ...]] = MetaKey("cgmq_fx.sites", "share-quantizers")
 PRICES: MetaKey[tuple[tuple[str, str], ...]] = MetaKey("cgmq_fx.prices", "price-operations")
 MODULE_PATH: MetaKey[str] = MetaKey("cgmq_fx.module_path", "trace")
+
+#: What analyses say of the operations of a graph: void once calls are added, replaced or removed.
+#: `VALUE` is not among it: tensors keep their shapes where nodes that stay keep what they compute.
+OPERATION_KEYS: frozenset[MetaKey[Any]] = frozenset(
+    {OP_INFO, IS_CONSTANT, IS_NONNEGATIVE, COUNTED_MACS, WORK, SITES, PRICES}
+)

@@ -7,13 +7,12 @@ from typing import Any, ClassVar, Final, final
 
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.proxy import GraphAppendingTracer
 from torch.nn.modules.dropout import _DropoutNd
 
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.deployed import deployed_nodes, is_write
 from cgmq_fx.passes.guards import TrainingMode, select_mode
-from cgmq_fx.passes.proxies import TracedValue
+from cgmq_fx.passes.record import Recorder, erase_between
 from cgmq_fx.passes.unused import delete_unread
 
 _DROPOUTS = frozenset(
@@ -61,11 +60,6 @@ class SpecializeEvaluation(GraphPass):
 _READING = ("get_attr", "call_module")
 
 
-class _Recorder(GraphAppendingTracer):
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return TracedValue(node, self)
-
-
 def _open(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Put in place of a closed layer of the user what it does in evaluation mode."""
     if node.op != "call_module":
@@ -76,12 +70,11 @@ def _open(gm: fx.GraphModule, node: fx.Node) -> bool:
     before = node.prev
     try:
         with gm.graph.inserting_before(node):
-            proxy: Callable[[fx.Node], Any] = _Recorder(gm.graph).proxy
+            proxy: Callable[[fx.Node], Any] = Recorder(gm.graph).proxy
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), proxy)
             result = copy.deepcopy(module).eval().forward(*args, **kwargs).node
     except Exception:  # it cannot be recorded: it stays a module, which runs in evaluation mode
-        while node.prev is not before:
-            gm.graph.erase_node(node.prev)
+        erase_between(before, node)
         return False
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
