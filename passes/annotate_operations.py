@@ -9,8 +9,11 @@ from torch import fx
 from cgmq_fx.cost.operation import Operands
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.deployed import shared_writes
-from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, MetaKey, OperandRef, OpInfo
+from cgmq_fx.passes.meta import IS_CONSTANT, KEPT_CLOSED, OP_INFO, MetaKey, OperandRef, OpInfo
 from cgmq_fx.passes.op_classes import class_of_function, class_of_method, class_of_module
+from cgmq_fx.passes.products import factors_of
+from cgmq_fx.passes.random_data import is_user_function
+from cgmq_fx.passes.recurrent import is_recurrent, recurrent_refs, why_closed
 from cgmq_fx.quantizers import Quantizer
 
 _WEIGHT_OPS = frozenset(
@@ -32,14 +35,6 @@ STORED_OPS = frozenset(
     }
 )  # fmt: skip
 _ELEMENTWISE_PAIRS = frozenset({"add", "sub", "mul", "div"})
-# Where a product's two factors stand, and the keywords that its signature gives them.
-_FACTORS = {
-    **dict.fromkeys((torch.bmm, torch.mm, "bmm", "mm"), ((0, "input"), (1, "mat2"))),
-    **dict.fromkeys((torch.mv, "mv"), ((0, "input"), (1, "vec"))),
-    **dict.fromkeys((torch.addmm, "addmm"), ((1, "mat1"), (2, "mat2"))),
-    **dict.fromkeys((torch.baddbmm, "baddbmm"), ((1, "batch1"), (2, "batch2"))),
-    torch.einsum: ((1, "operands"), (2, "operands")),
-}
 
 
 @final
@@ -102,12 +97,18 @@ def _op_info(gm: fx.GraphModule, node: fx.Node) -> OpInfo:
         case _:
             op, target = "reshape", node.op
     operands, refs, reason = _operands(node, op)
+    if op == "rnn":
+        reason = why_closed(gm, node) or reason
     return OpInfo(op, target, operands, refs, reason)
 
 
 def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...], str]:
     if node.op == "call_module" and op != "attention":
+        if KEPT_CLOSED.has(node):
+            return "none", (), f"the layer '{node.target}' is kept closed by leaf_modules"
         return "none", _stored_refs(node, op), f"the layer '{node.target}' is not opened"
+    if is_recurrent(node):
+        return "weight", recurrent_refs(node), ""
     if op in _WEIGHT_OPS:
         return _refs(node, "weight", ((1, "weight"), (0, "input")))
     if op == "embedding":
@@ -117,12 +118,16 @@ def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...],
     if op == "matmul":
         if node.target is torch.einsum and len(node.args) != 3:
             return "none", (), "an einsum of other than two tensors"
-        return _refs(node, "pair", _FACTORS.get(node.target, ((0, "input"), (1, "other"))))
+        return _refs(node, "pair", factors_of(node.target))
     if op in _ELEMENTWISE_PAIRS:
         places = ((0, "input"), (1, "other"))
         operands, refs, reason = _refs(node, "pair", places)
         return operands, refs or _tensor_refs(node, places), reason
-    return "none", _stored_refs(node, op), "no operand that a product reads"
+    reason = "no operand that a product reads"
+    if op == "other" and is_user_function(node):
+        name = fx.node._get_qualified_name(node.target)  # type: ignore[arg-type]
+        reason = f"the function '{name}' is not opened; with example_inputs it may be"
+    return "none", _stored_refs(node, op), reason
 
 
 def _stored_refs(node: fx.Node, op: str) -> tuple[OperandRef, ...]:

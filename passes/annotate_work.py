@@ -15,15 +15,16 @@ from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.einsum import einsum_extents
 from cgmq_fx.passes.meta import (
     COUNTED_MACS,
-    MODULE_PATH,
     OP_INFO,
     VALUE,
     WORK,
     MetaKey,
     OpInfo,
     TensorInfo,
-    Value,
 )
+from cgmq_fx.passes.names import first_tensor, operation_names
+from cgmq_fx.passes.products import product_extents
+from cgmq_fx.passes.recurrent import is_recurrent, recurrent_work
 
 
 @final
@@ -34,7 +35,7 @@ class AnnotateWork(GraphPass):
     MACs are computed from shapes. A convolution does ``in_channels / groups * kernel`` MACs for
     each output element, its transpose ``out_channels / groups * kernel`` for each *input* element.
     Attention is two operations: ``qk`` (query times key) and ``pv`` (attention weights times
-    value).
+    value). A recurrent layer is two for each layer and direction, and a third where it projects.
     """
 
     name: ClassVar[str] = "annotate-work"
@@ -43,45 +44,19 @@ class AnnotateWork(GraphPass):
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Annotate `gm`; see `GraphPass.run`."""
-        names = _Names()
+        names = operation_names(gm)
         for node in gm.graph.nodes:
-            WORK.set(node, _work(node, names))
+            WORK.set(node, _work(node, names[node]) if node in names else ())
         return False
 
 
-class _Names:
-    """Gives each operation the path of its layer, numbered when a layer runs more than once."""
-
-    def __init__(self) -> None:
-        self._used: set[str] = set()
-
-    def unique(self, node: fx.Node) -> str:
-        path = MODULE_PATH.find(node)
-        base = (
-            node.name
-            if path is None or (node.op == "call_function" and not _is_own(node))
-            else path
-        )
-        name, count = base, 1
-        while name in self._used:
-            count += 1
-            name = f"{base}:{count}"
-        self._used.add(name)
-        return name
-
-
-def _is_own(node: fx.Node) -> bool:
-    """Tell whether the operation is its layer's product, so that the layer's path names it best."""
-    return OP_INFO.get(node).operands == "weight"
-
-
-def _work(node: fx.Node, names: _Names) -> tuple[Operation, ...]:
+def _work(node: fx.Node, name: str) -> tuple[Operation, ...]:
     info, output = OP_INFO.get(node), first_tensor(VALUE.get(node))
-    if output is None or info.op == "reshape":
-        return ()
-    name = names.unique(node)
+    assert output is not None
     if info.op == "attention" and info.operands == "pair":
         return _attention(node, info, name, output)
+    if is_recurrent(node) and info.operands == "weight":
+        return recurrent_work(node, info, name)
     shapes = [first_tensor(VALUE.get(arg)) for arg in _operand_nodes(node, info)]
     macs, attributes = _macs(node, info, shapes, output)
     weights = shapes[0].numel if info.operands == "weight" and shapes[0] is not None else 0
@@ -92,13 +67,6 @@ def _work(node: fx.Node, names: _Names) -> tuple[Operation, ...]:
             name, op, info.target, info.operands, macs, output.numel, inputs, weights, attributes
         ),
     )
-
-
-def first_tensor(value: Value) -> TensorInfo | None:
-    """Return the first tensor in what a node produces, or None."""
-    if isinstance(value, TensorInfo) or value is None:
-        return value
-    return next((found for item in value if (found := first_tensor(item)) is not None), None)
 
 
 def _operand_nodes(node: fx.Node, info: OpInfo) -> list[fx.Node]:
@@ -147,8 +115,10 @@ def _conv(
         name: node.args[3 + i] for i, name in enumerate(names) if 3 + i < len(node.args)
     }
     given.update({name: node.kwargs[name] for name in names if name in node.kwargs})
-    groups, kernel = int(given.get("groups", 1)), weight.shape[2:]
-    first, second = weight.shape[:2]
+    kernel, (first, second) = weight.shape[2:], weight.shape[:2]
+    # From shapes: the model may compute the argument.
+    channels = -1 - len(kernel)
+    groups = (output if transposed else data).shape[channels] // second
     in_channels, out_channels = (first, second * groups) if transposed else (second * groups, first)
     per_element = weight.shape[1] * math.prod(kernel)
     macs = (data.numel if transposed else output.numel) * per_element
@@ -168,6 +138,9 @@ def _conv(
 
 
 def _extent(value: Any, axis: int) -> int:
+    """Return the extent along `axis`; 0 where the model computes it."""
+    if isinstance(value, fx.Node):
+        return 0
     if isinstance(value, tuple | list):
         return int(value[axis] if len(value) > 1 else value[0])
     return int(value)
@@ -179,6 +152,9 @@ def _matmul(
     lhs, rhs = operands
     if node.target is torch.einsum:
         return _einsum(node, operands)
+    extents = product_extents(node, lhs.shape, rhs.shape)
+    if extents is not None:
+        return math.prod(extents.values()), MappingProxyType({**extents})
     k = lhs.shape[-1]
     m = lhs.shape[-2] if len(lhs.shape) > 1 else 1
     n = rhs.shape[-1] if len(rhs.shape) > 1 else 1

@@ -9,6 +9,10 @@ from cgmq_fx.frozen import FrozenModule
 from cgmq_fx.passes.deployed import is_write
 from cgmq_fx.passes.values import find_attribute
 
+# Not the device: a module may move after its graph was made.
+_ASKED_ATTRIBUTES = frozenset({"dtype", "shape", "ndim"})
+_ASKING_METHODS = frozenset({"size", "dim", "numel"})
+
 
 def constant_value(gm: fx.GraphModule, node: fx.Node, written: frozenset[fx.Node]) -> Tensor | None:
     """Return what `node` computes on every call, or None where inputs, chance or state decide.
@@ -31,6 +35,31 @@ def constant_value(gm: fx.GraphModule, node: fx.Node, written: frozenset[fx.Node
             values[item] = _run(gm, item, values)
     value = values[node]
     return value if isinstance(value, Tensor) else None
+
+
+def answer_questions(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Put answers in place of questions about the tensor at `node`, if nothing else reads it.
+
+    A tensor that is only asked for its dtype or its shape, as by a guard, need not be stored.
+    """
+    questions = list(node.users)
+    if not questions or not all(_is_question(question) for question in questions):
+        return
+    for question in questions:
+        answer = _run(gm, question, {node: find_attribute(gm, str(node.target))})
+        for reader in list(question.users):
+
+            def replaced(item: fx.Node, question: fx.Node = question, answer: Any = answer) -> Any:
+                return answer if item is question else item
+
+            reader.args, reader.kwargs = fx.node.map_arg((reader.args, reader.kwargs), replaced)
+        node.graph.erase_node(question)
+
+
+def _is_question(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _ASKING_METHODS and len(node.all_input_nodes) == 1
+    return node.target is getattr and node.args[1] in _ASKED_ATTRIBUTES
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

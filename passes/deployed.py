@@ -7,19 +7,20 @@ from functools import cache
 from typing import Any
 
 from torch import fx
+from torch._ops import OpOverload
 
 from cgmq_fx.passes.guards import select_mode
 from cgmq_fx.passes.op_classes import class_of_function, class_of_method, class_of_module
 
-# Operators that change their first operand.
-_IN_PLACE = frozenset(
+#: Operators that change their first operand.
+IN_PLACE = frozenset(
     {
         operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
         operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.setitem,
     }
 )  # fmt: skip
-# Classes whose results, unless they are made in place, share no memory with what they read.
-_ALLOCATING = frozenset(
+#: Classes whose results, unless they are made in place, share no memory with what they read.
+ALLOCATING = frozenset(
     {
         "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
         "linear", "bilinear", "matmul", "attention", "embedding", "add", "sub", "mul", "div", "cat",
@@ -27,7 +28,7 @@ _ALLOCATING = frozenset(
         "rms_norm", "elementwise",
     }
 )  # fmt: skip
-_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE)
+_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in IN_PLACE)
 _QUESTION_METHODS = frozenset({"size", "dim", "numel", "shape"})
 
 
@@ -74,31 +75,44 @@ def shared_writes(graph: fx.Graph) -> frozenset[fx.Node]:
 
 def _older_names(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Return for each write the nodes before it that may share the memory it changes."""
-    shares = {node: set(_memory_sources(node)) for node in graph.nodes}
-    for node in graph.nodes:
-        for source in _memory_sources(node):
+    writes = [node for node in graph.nodes if is_write(node)]
+    if not writes:
+        return {}
+    sources = {node: _memory_sources(node) for node in graph.nodes}
+    shares = {node: set(found) for node, found in sources.items()}
+    for node, found in sources.items():
+        for source in found:
             shares[source].add(node)
-    families = {
-        node: _reachable(node.all_input_nodes[:1], shares.__getitem__)
-        for node in graph.nodes
-        if is_write(node)
-    }
+    families = {node: _reachable(node.all_input_nodes[:1], shares.__getitem__) for node in writes}
     return {write: [n for n in family if n < write] for write, family in families.items()}
 
 
 def is_write(node: fx.Node) -> bool:
     """Tell whether `node` changes its first operand in place."""
     match node.op:
+        case "call_function" if isinstance(node.target, OpOverload):
+            return node.target._schema.is_mutable
         case "call_function":
-            name = getattr(node.target, "__name__", "")
-            return node.target in _IN_PLACE or _ends_in_place(name) or _is_asked_in_place(node)
+            return is_writing(node.op, node.target) or _is_asked_in_place(node)
         case "call_method":
-            name = str(node.target)
-            return _ends_in_place(name) or name in _IN_PLACE_METHODS
+            return is_writing(node.op, node.target)
         case "call_module":
             return bool(getattr(_module_of(node), "inplace", False))
         case _:
             return False
+
+
+def is_allocated(node: fx.Node) -> bool:
+    """Tell whether the tensor of `node` shares no memory with what it reads."""
+    return not is_write(node) and _op_class(node) in ALLOCATING
+
+
+def is_writing(kind: str, target: Any) -> bool:
+    """Tell whether a call changes its first operand, whatever its other arguments are."""
+    if kind == "call_method":
+        return _ends_in_place(str(target)) or target in _IN_PLACE_METHODS
+    named = kind == "call_function" and _ends_in_place(getattr(target, "__name__", ""))
+    return named or target in IN_PLACE
 
 
 def _add(needed: set[fx.Node], nodes: Iterable[fx.Node]) -> None:
@@ -158,7 +172,7 @@ def _memory_sources(node: fx.Node) -> list[fx.Node]:
     if is_write(node):
         return node.all_input_nodes[:1]
     asks = node.target in (getattr, len) or node.target in _QUESTION_METHODS
-    return [] if asks or _op_class(node) in _ALLOCATING else node.all_input_nodes
+    return [] if asks or _op_class(node) in ALLOCATING else node.all_input_nodes
 
 
 def _reachable(

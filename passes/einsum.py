@@ -1,7 +1,9 @@
-"""The work of an Einstein sum of two tensors."""
+"""Einstein sums: one spelling of their arguments, and the work of one of two tensors."""
 
 import math
+import string
 from collections.abc import Sequence
+from typing import Any
 
 # An index of an equation: a letter, or a place behind the dots, counted from the right.
 _Index = str | int
@@ -43,3 +45,37 @@ def _indices(term: str, rank: int) -> list[_Index]:
     before, dots, after = term.partition("...")
     hidden = range(rank - len(before) - len(after), 0, -1) if dots else ()
     return [*before, *hidden, *after]
+
+
+def spelled_out(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments of `torch.einsum` as an equation and one argument for each tensor.
+
+    Tensors may be given as one list, or each with the list of its indices; torch itself makes
+    these an equation in the same way.
+
+    >>> spelled_out(("ij,jk", ["A", "B"]))
+    ('ij,jk', 'A', 'B')
+    >>> spelled_out(("A", [0, 1], "B", [1, 30], [0, 30]))
+    ('AB,Be->Ae', 'A', 'B')
+    """
+    if args and isinstance(args[0], str) and not _is_indices(args, 1):
+        tensors = args[1:]
+        one_list = len(tensors) == 1 and isinstance(tensors[0], list | tuple)
+        return (args[0], *(tensors[0] if one_list else tensors))
+    pairs = len(args) // 2
+    equation = ",".join(map(_term, args[1 : 2 * pairs : 2]))
+    if len(args) % 2:
+        equation += f"->{_term(args[-1])}"
+    return (equation, *args[: 2 * pairs : 2])
+
+
+def _is_indices(args: Sequence[Any], place: int) -> bool:
+    found = args[place] if place < len(args) else None
+    return isinstance(found, list | tuple) and all(
+        index is Ellipsis or isinstance(index, int) for index in found
+    )
+
+
+def _term(indices: Sequence[Any]) -> str:
+    letters = string.ascii_uppercase + string.ascii_lowercase
+    return "".join("..." if index is Ellipsis else letters[index] for index in indices)

@@ -42,11 +42,11 @@ class FoldBatchNorm(GraphPass):
     """Fold each batch norm that alone reads a convolution, its transpose, or a linear layer.
 
     The norm multiplies each output channel by a factor and adds a shift. The factor goes into the
-    scale of a `FrozenWeight`, whose codes stay as they are, or into a float weight; the shift goes
-    into the bias. Layers are given as modules or as functions. Batch norms stay that use the
-    statistics of the batch, and those behind a weight that something else reads too. A linear layer
-    is folded where `VALUE` says that its output has two axes: over three, batch norm runs along
-    another axis than its channels.
+    scale of a `FrozenWeight`, whose codes stay as they are (mirrored where it is negative, so that
+    scales stay positive), or into a float weight; the shift goes into the bias. Layers are given as
+    modules or as functions. Batch norms stay that use the statistics of the batch, and those behind
+    a weight that something else reads too. A linear layer is folded where `VALUE` says that its
+    output has two axes: over three, batch norm runs along another axis than its channels.
 
     Numerics: reassociated. With quantized activations behind it, a value at a rounding boundary may
     fall to the next code.
@@ -81,32 +81,30 @@ class _Layer:
     """The layer that makes a batch norm's input.
 
     Attributes:
-        weight: its weight; the codes where it is frozen.
+        shape: of its weight.
         channel_axis: the axis of the weight that runs over output channels of a group.
         groups: groups of a transposed convolution; 1 for others, whose first axis runs over all.
-        rank: axes of its output.
     """
 
-    weight: Tensor
+    shape: torch.Size
     channel_axis: int
     groups: int
-    rank: int
 
     @property
     def num_channels(self) -> int:
-        return self.weight.shape[self.channel_axis] * self.groups
+        return self.shape[self.channel_axis] * self.groups
 
     def along_weight(self, factor: Tensor) -> Tensor:
         """Return a factor for each output channel in a shape that broadcasts with the weight."""
-        ones = [1] * (self.weight.ndim - 2)
+        ones = [1] * (len(self.shape) - 2)
         if self.channel_axis == 0:
             return factor.reshape(-1, 1, *ones)
         if self.groups == 1:
             return factor.reshape(1, -1, *ones)
         # Input channel i belongs to group i // (in_channels / groups), and with it its outputs do.
-        per_group = self.weight.shape[0] // self.groups
+        per_group = self.shape[0] // self.groups
         rows = factor.reshape(self.groups, 1, -1).expand(-1, per_group, -1)
-        return rows.reshape(self.weight.shape[0], -1, *ones)
+        return rows.reshape(self.shape[0], -1, *ones)
 
 
 class _Folder:
@@ -147,9 +145,9 @@ class _Folder:
     def _fits(self, layer: _Layer, norm: _Affine) -> bool:
         value = VALUE.find(norm.source)
         if isinstance(value, TensorInfo):
-            has_rank = len(value.shape) == layer.rank
+            has_rank = len(value.shape) == len(layer.shape)
         else:
-            has_rank = layer.weight.ndim > 2
+            has_rank = len(layer.shape) > 2
         return has_rank and layer.num_channels == norm.factor.numel()
 
     # -- layers that are modules -----------------------------------------------------------------
@@ -162,7 +160,7 @@ class _Folder:
         assert isinstance(module.weight, Tensor)
         transposed = type(module) in _TRANSPOSED
         groups = int(getattr(module, "groups", 1)) if transposed else 1
-        layer = _Layer(module.weight, int(transposed), groups, module.weight.ndim)
+        layer = _Layer(module.weight.shape, int(transposed), groups)
         if not self._is_only_read_by(module.weight, source) or not self._fits(layer, norm):
             return False
         # A copy: the module may be shared with the model that was traced.
@@ -185,9 +183,8 @@ class _Folder:
         held = self._weight_of(source, weight)
         if held is None or not (bias is None or _is_attribute(bias)):
             return False
-        tensor = held.codes if isinstance(held, FrozenWeight) else held
         groups = (operand_of(source, _GROUPS) or 1) if transposed else 1
-        layer = _Layer(tensor, int(transposed), groups, tensor.ndim)
+        layer = _Layer(held.shape, int(transposed), groups)
         if not self._fits(layer, norm):
             return False
         factor = layer.along_weight(norm.factor)
@@ -210,7 +207,7 @@ class _Folder:
         if weight.op != "call_module":
             return None
         module = self.gm.get_submodule(str(weight.target))
-        if not isinstance(module, FrozenWeight) or not self._is_only_read_by(module.codes, weight):
+        if not isinstance(module, FrozenWeight) or not self._is_only_read_by(module.packed, weight):
             return None
         return module
 

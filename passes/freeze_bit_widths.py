@@ -6,13 +6,14 @@ from typing import Any, ClassVar, TypeVar, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from cgmq_fx.attention import AttentionQuantizer
 from cgmq_fx.frozen import FrozenAttention, FrozenModule, FrozenQuantizer, FrozenWeight
 from cgmq_fx.gates import FLOAT_WIDTH
 from cgmq_fx.passes.base import GraphPass
-from cgmq_fx.passes.constants import constant_value
+from cgmq_fx.passes.candidates import is_quantizer
+from cgmq_fx.passes.constants import answer_questions, constant_value
 from cgmq_fx.passes.deployed import written_nodes
 from cgmq_fx.passes.meta import (
     MODULE_PATH,
@@ -21,7 +22,7 @@ from cgmq_fx.passes.meta import (
     MetaKey,
     TensorInfo,
 )
-from cgmq_fx.passes.share_quantizers import is_quantizer
+from cgmq_fx.passes.recurrent import INSIDE
 from cgmq_fx.passes.unused import delete_unread, erase_unused
 from cgmq_fx.quantizers import Quantizer
 
@@ -38,8 +39,9 @@ class FreezeBitWidths(GraphPass):
 
     A weight below 32 bits becomes a `FrozenWeight` that holds its codes, also where it is computed
     from parameters alone; the float parameter is deleted when nothing else reads it. Other tensors
-    below 32 bits pass a `FrozenQuantizer`, attention weights a `FrozenAttention`. At 32 bits
-    nothing is left.
+    below 32 bits pass a `FrozenQuantizer`, attention weights a `FrozenAttention`; a recurrent layer
+    is handed those of the tensors inside. At 32 bits nothing is left, and a weight that is computed
+    from parameters becomes a parameter itself.
 
     Numerics: exact in evaluation mode under ``torch.no_grad()``; torch's matrix product sums in
     another order when gradients of the weight are wanted.
@@ -59,6 +61,7 @@ class FreezeBitWidths(GraphPass):
         spent = [target for node in nodes for target in freezer.freeze(node)]
         if nodes:  # a tied weight has a node for each of its names, and one was read
             for node in gm.graph.find_nodes(op="get_attr"):
+                answer_questions(gm, node)
                 spent.extend(erase_unused(node))
         delete_unread(gm, spent)
         return bool(nodes)
@@ -106,11 +109,13 @@ class _Freezer:
     def freeze(self, node: fx.Node) -> list[str]:
         """Replace `node`; return the targets that it and its arguments read."""
         quantizer = _quantizer(self.gm, node)
+        if node.op == "get_attr":
+            return self._handed(node, quantizer)
         with self.gm.graph.inserting_before(node):
             if isinstance(quantizer, AttentionQuantizer):
                 new = self._attention(node, quantizer)
             elif quantizer.bit_width == FLOAT_WIDTH or not reads_floats(node):
-                new = node.all_input_nodes[0]
+                new = self._float(node, quantizer)
             elif quantizer.spec.role == "weight":
                 new = self._weight(node, quantizer)
             else:
@@ -121,14 +126,30 @@ class _Freezer:
         node.replace_all_uses_with(new)
         return erase_unused(node)
 
+    def _float(self, node: fx.Node, quantizer: Quantizer) -> fx.Node:
+        """Return the tensor itself; one computed from parameters is stored in their place."""
+        source = node.all_input_nodes[0]
+        if quantizer.spec.role != "weight" or source.op == "get_attr":
+            return source
+        value = constant_value(self.gm, source, self._written)
+        if value is None:
+            return source
+        path, is_new = self._path((node.target, source), quantizer.name)
+        if is_new:
+            if not hasattr(self.gm, FROZEN):
+                self.gm.add_module(FROZEN, nn.Module())
+            held = nn.Parameter(value.clone(), requires_grad=False)
+            self.gm.get_submodule(FROZEN).register_parameter(path.rpartition(".")[2], held)
+        return self.gm.graph.get_attr(path)
+
     def _weight(self, node: fx.Node, quantizer: Quantizer) -> fx.Node:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         value = constant_value(self.gm, source, self._written)
-        if value is None or int(quantizer.qparams().zero_point.count_nonzero()):
+        if value is None:
             return self._activation(node, quantizer)
         held = value
-        path = self._path(
+        path = self._module(
             (node.target, id(held) if source.op == "get_attr" else source),
             quantizer.name,
             lambda: _frozen_weight(quantizer, held),
@@ -136,46 +157,66 @@ class _Freezer:
         return self.gm.graph.call_module(path)
 
     def _activation(self, node: fx.Node, quantizer: Quantizer) -> fx.Node:
-        path = self._path(
+        path = self._module(
             node.target,
             quantizer.name,
-            lambda: FrozenQuantizer(
-                quantizer.name,
-                quantizer.spec.role,
-                quantizer.qparams(),
-                quantizer.spec.channel_axis,
-            ),
+            lambda: _frozen_quantizer(quantizer),
         )
         return self.gm.graph.call_module(path, node.args, node.kwargs)
+
+    def _handed(self, node: fx.Node, quantizer: Quantizer) -> list[str]:
+        """Hand the operation that reads `node` a frozen quantizer; at 32 bits none."""
+        (user,) = node.users
+        inside: Any = dict(user.kwargs[INSIDE])  # type: ignore[arg-type]
+        (name,) = (name for name, held in inside.items() if held is node)
+        del inside[name]
+        if quantizer.bit_width != FLOAT_WIDTH:
+            path = self._module(node.target, quantizer.name, lambda: _frozen_quantizer(quantizer))
+            with self.gm.graph.inserting_before(node):
+                inside[name] = self.gm.graph.get_attr(path)
+            _copy_annotation(MODULE_PATH, node, inside[name])
+        user.kwargs = {**user.kwargs, INSIDE: inside}
+        return erase_unused(node)
 
     def _attention(self, node: fx.Node, quantizer: Quantizer) -> fx.Node:
         if quantizer.bit_width == FLOAT_WIDTH:
             return self.gm.graph.call_function(
                 F.scaled_dot_product_attention, node.args, node.kwargs
             )
-        path = self._path(
+        path = self._module(
             node.target,
             quantizer.name,
             lambda: FrozenAttention(quantizer.name, quantizer.spec.role, quantizer.qparams(), None),
         )
         return self.gm.graph.call_module(path, node.args, node.kwargs)
 
-    def _path(self, content: object, site: str, make: Callable[[], FrozenModule]) -> str:
+    def _module(self, content: object, site: str, make: Callable[[], FrozenModule]) -> str:
         """Return the path of the frozen module for `content`, made where it does not exist."""
-        if content not in self._path_of:
+        path, is_new = self._path(content, site)
+        if is_new:
+            self.gm.add_submodule(path, make().train(self.gm.training))
+        return path
+
+    def _path(self, content: object, site: str) -> tuple[str, bool]:
+        """Return where the frozen `content` is or belongs, and whether it has to be put there."""
+        is_new = content not in self._path_of
+        if is_new:
             name, count = site, 1
             while f"{FROZEN}.{name}" in self._path_of.values():
                 count += 1
                 name = f"{site}_{count}"
-            path = f"{FROZEN}.{name}"
-            self.gm.add_submodule(path, make().train(self.gm.training))
-            self._path_of[content] = path
-        return self._path_of[content]
+            self._path_of[content] = f"{FROZEN}.{name}"
+        return self._path_of[content], is_new
 
 
 def _copy_annotation(key: MetaKey[T], node: fx.Node, new: fx.Node) -> None:
     if key.has(node):
         key.set(new, key.get(node))
+
+
+def _frozen_quantizer(quantizer: Quantizer) -> FrozenQuantizer:
+    spec = quantizer.spec
+    return FrozenQuantizer(quantizer.name, spec.role, quantizer.qparams(), spec.channel_axis)
 
 
 def _frozen_weight(quantizer: Quantizer, value: Tensor) -> FrozenWeight:

@@ -14,14 +14,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from cgmq_fx.passes.base import GraphPass
-from cgmq_fx.passes.guards import TrainingMode
-from cgmq_fx.passes.meta import MODULE_PATH
+from cgmq_fx.passes.meta import KEPT_CLOSED, MODULE_PATH
 from cgmq_fx.passes.multi_head_attention import can_open, open_attention
 from cgmq_fx.passes.record import Recorder, erase_between
-from cgmq_fx.passes.tracer import TRAINING_MODE
+from cgmq_fx.passes.recurrent import is_open_kernel, open_kernel, open_recurrent, why_closed
+from cgmq_fx.passes.training_mode import add_mode, mode_target
 
 # Layers whose forward depends on the training mode or changes state stay modules.
-_CLOSED = (_BatchNorm, _InstanceNorm, nn.RNNBase, nn.RNNCellBase)
+_CLOSED = (_BatchNorm, _InstanceNorm)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 @final
@@ -30,7 +31,8 @@ class Functionalize(GraphPass):
     """Replace each call of a layer that owns parameters by the functions that it calls.
 
     The layer's parameters become `get_attr` nodes under their old names, so that every key of the
-    state dict stays. Layers with a train/eval mode, with hooks, or whose forward cannot be recorded
+    state dict stays. Calls of torch's recurrent kernels become the functions that recurrent layers
+    are opened to. Layers with a train/eval mode, with hooks, or whose forward cannot be recorded
     stay.
 
     Numerics: exact.
@@ -45,31 +47,40 @@ class Functionalize(GraphPass):
 
 
 def _open_node(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
+    if is_open_kernel(node):
+        return _replace(node, lambda recorder: open_kernel(node, recorder))
+    if node.op != "call_module" or KEPT_CLOSED.has(node):
         return False
     module = gm.get_submodule(str(node.target))
-    if not _is_open(module):
+    if not _is_open(gm, module, node):
         return False
-    before = node.prev
+    return _replace(node, lambda recorder: _record(gm, module, node, recorder))
+
+
+def _replace(node: fx.Node, record: Callable[[Recorder], Any]) -> bool:
+    """Put what `record` records in place of `node`; return False where that fails."""
+    graph, before = node.graph, node.prev
     try:
-        with gm.graph.inserting_before(node):
-            result = _record(gm, module, node)
-            replaced = _as_nodes(result, gm.graph)
+        with graph.inserting_before(node):
+            replaced = _as_nodes(record(Recorder(graph)), graph)
     except Exception:  # a forward that cannot be recorded: the layer stays closed, and is priced so
         erase_between(before, node)
         return False
     node.replace_all_uses_with(replaced)
-    gm.graph.erase_node(node)
-    path, opened = MODULE_PATH.find(node) or str(node.target), replaced
+    graph.erase_node(node)
+    name = str(node.target) if node.op == "call_module" else node.name
+    path, opened = MODULE_PATH.find(node) or name, replaced
     while opened is not before:
         MODULE_PATH.set(opened, path)
         opened = opened.prev
         if opened.next.op == "get_attr" and not opened.next.users:
-            gm.graph.erase_node(opened.next)
+            graph.erase_node(opened.next)
     return True
 
 
-def _is_open(module: nn.Module) -> bool:
+def _is_open(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> bool:
+    if isinstance(module, _RECURRENT):
+        return not why_closed(gm, node)
     if isinstance(module, nn.MultiheadAttention):
         return can_open(module) and not _has_hooks(module)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
@@ -81,24 +92,27 @@ def _is_open(module: nn.Module) -> bool:
         and not parametrize.is_parametrized(module)
         and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
         and not _has_hooks(module)
+        and "forward" not in vars(module)
     )
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    return any((*hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> Any:
-    recorder = Recorder(gm.graph)
+def _record(gm: fx.GraphModule, module: nn.Module, node: fx.Node, recorder: Recorder) -> Any:
     twin = _with_proxies(module, str(node.target), recorder)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), recorder.proxy)  # type: ignore[arg-type]
     if isinstance(module, _ConvTransposeNd) and _output_size(node) is not None:
         twin.__dict__["_output_padding"] = _recorded(recorder, find_output_padding)
+    if isinstance(module, _RECURRENT):
+        return open_recurrent(twin, _mode_node(gm, node, recorder), args, kwargs)
     if not isinstance(module, nn.MultiheadAttention):
         return twin.forward(*args, **kwargs)
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
-    mode = _mode_node(gm, recorder) if module.dropout > 0.0 else None
+    mode = _mode_node(gm, node, recorder) if module.dropout > 0.0 else None
     return open_attention(twin, mode, **arguments)
 
 
@@ -119,16 +133,15 @@ def find_output_padding(data: torch.Tensor, output_size: Sequence[int], *geometr
     return _ConvTransposeNd._output_padding(cast(Any, None), data, list(output_size), *geometry)
 
 
-def _mode_node(gm: fx.GraphModule, recorder: Recorder) -> fx.Proxy:
-    for node in gm.graph.nodes:
-        if node.op == "call_module" and node.target == TRAINING_MODE:
-            return recorder.proxy(node)
-    flag = TrainingMode()
-    flag.training = gm.training
-    gm.add_module(TRAINING_MODE, flag)
+def _mode_node(gm: fx.GraphModule, layer: fx.Node, recorder: Recorder) -> fx.Proxy:
+    """Return the mode of the layer that `layer` calls."""
+    target = mode_target(str(layer.target))
+    for node in gm.graph.find_nodes(op="call_module", target=target):
+        return recorder.proxy(node)
+    add_mode(gm, str(layer.target))
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     with gm.graph.inserting_before(first):
-        return recorder.proxy(gm.graph.call_module(TRAINING_MODE))
+        return recorder.proxy(gm.graph.call_module(target))
 
 
 def _with_proxies(module: nn.Module, path: str, recorder: Recorder) -> nn.Module:

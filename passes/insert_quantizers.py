@@ -1,17 +1,20 @@
 """Puts a quantizer on every tensor that needs one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from cgmq_fx.attention import AttentionQuantizer
 from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH
+from cgmq_fx.overrides import Chosen, Override
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.base import GraphPass
-from cgmq_fx.passes.deployed import deployed_nodes, written_nodes
+from cgmq_fx.passes.candidates import identifier, is_input
+from cgmq_fx.passes.deployed import written_nodes
+from cgmq_fx.passes.gradient_regions import gradient_regions
 from cgmq_fx.passes.meta import (
     IS_CONSTANT,
     IS_NONNEGATIVE,
@@ -19,13 +22,17 @@ from cgmq_fx.passes.meta import (
     OP_INFO,
     OPERATION_KEYS,
     SITES,
+    SKIPPED,
     VALUE,
     MetaKey,
     OperandRef,
+    SiteRef,
 )
+from cgmq_fx.passes.recurrent import INSIDE, is_recurrent, products_of
 from cgmq_fx.passes.values import find_attribute
-from cgmq_fx.quantizer_spec import QuantizerSpec, Scheme
+from cgmq_fx.quantizer_spec import QuantizerSpec, Role, Scheme
 from cgmq_fx.quantizers import Quantizer, QuantizerSet
+from cgmq_fx.state_quantizer import StateQuantizer
 
 #: Name of the submodule that holds the quantizers of a prepared graph.
 QUANTIZERS = "quantizers"
@@ -35,13 +42,30 @@ _CHANNEL_AXIS = {"conv1d": 0, "conv2d": 0, "conv3d": 0, "linear": 0}
 _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 
 
+@dataclass(frozen=True)
+class _Use:
+    """One operand that reads a quantizer."""
+
+    node: fx.Node
+    read: SiteRef
+
+    @property
+    def tensor(self) -> fx.Node:
+        """The tensor that the operand is, before it is quantized."""
+        assert self.read.ref is not None
+        tensor = operand_of(self.node, self.read.ref)
+        assert isinstance(tensor, fx.Node)
+        return tensor
+
+
 @final
 @dataclass(frozen=True)
 class InsertQuantizers(GraphPass):
     """Insert the quantizers that `SITES` names, as calls of ``quantizers.<site>``.
 
     A quantizer stands in front of the first operation that reads its tensor. Attention becomes one
-    module that quantizes its weights between its two products.
+    module that quantizes its weights between its two products. A recurrent layer is handed the
+    quantizers of what its products read inside: its hidden states, and what its layers pass on.
 
     Numerics: exact while every quantizer is at 32 bits.
 
@@ -49,7 +73,6 @@ class InsertQuantizers(GraphPass):
         widths: allowed bit-widths of learned quantizers.
         input_bits: bit-width of what arrives from outside; None where it is learned too.
         per_channel: weights have a range for each output channel.
-        quantize_attention: the class ``attention`` is among the quantized operations.
     """
 
     name: ClassVar[str] = "insert-quantizers"
@@ -61,103 +84,175 @@ class InsertQuantizers(GraphPass):
     widths: tuple[int, ...] = DEFAULT_WIDTHS
     input_bits: int | None = 8
     per_channel: bool = True
-    quantize_attention: bool = True
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Insert what is missing; see `GraphPass.run`."""
-        readers: dict[str, list[tuple[fx.Node, OperandRef]]] = {}
+        uses: dict[str, list[_Use]] = {}
         for node in gm.graph.nodes:
             for read in SITES.get(node):
-                readers.setdefault(read.site, []).append((node, read.ref))
-        attentions = self._attentions(gm)
-        if not readers and not attentions:
+                uses.setdefault(read.site, []).append(_Use(node, read))
+        if not uses:
             return False
         if not hasattr(gm, QUANTIZERS):
             gm.add_module(QUANTIZERS, QuantizerSet())
         quantizers = gm.get_submodule(QUANTIZERS)
         assert isinstance(quantizers, QuantizerSet)
         written = written_nodes(gm.graph)
-        for site, uses in readers.items():
-            spec = self._spec(gm, uses)
-            quantizer = Quantizer(spec, site)
-            quantizer.train(gm.training)
-            if not spec.learned:
-                quantizer.set_bit_width(spec.widths[0])
-            quantizers.add(site, quantizer)
-            _insert(gm, site, uses, written)
-        for node in attentions:
-            self._replace_attention(gm, quantizers, node)
+        regions = gradient_regions(gm.graph)
+        within = [site for site, found in uses.items() if found[0].read.ref is None]
+        recurrents = self._recurrents(gm)
+        for site, found in uses.items():
+            if site not in within:
+                groups = _calls(found, written, regions)
+                _add(gm, quantizers, Quantizer(self._spec(gm, found, len(groups)), site))
+                _insert(gm, site, groups)
+        for site in within:  # last: by now quantizers stand before the operands
+            (use,) = uses[site]
+            spec = self._within(use.read.chosen, is_nonnegative=True)
+            _add(gm, quantizers, AttentionQuantizer(spec, site))
+            _replace_attention(gm, site, use.node)
+        for node, chosen in recurrents.items():
+            self._quantize_inside(gm, quantizers, node, chosen)
         return True
 
-    def _attentions(self, gm: fx.GraphModule) -> list[fx.Node]:
-        if not self.quantize_attention:
-            return []
-        deployed = deployed_nodes(gm.graph)
-        return [
-            node
-            for node in gm.graph.nodes
-            if node.target is F.scaled_dot_product_attention
-            and node in deployed
-            and OP_INFO.get(node).operands == "pair"
-        ]
+    def _recurrents(self, gm: fx.GraphModule) -> dict[fx.Node, Chosen | None]:
+        """Return recurrent layers whose input is quantized, and what was chosen for the input.
 
-    def _spec(self, gm: fx.GraphModule, uses: list[tuple[fx.Node, OperandRef]]) -> QuantizerSpec:
-        node, ref = uses[0]
-        tensor = _tensor(node, ref)
-        if ref.is_weight:
-            axis, channels = self._channels(gm, uses)
-            return QuantizerSpec("weight", "symmetric", axis, channels, self.widths)
-        scheme: Scheme = "unsigned" if IS_NONNEGATIVE.get(tensor) else "affine"
-        if not is_input(tensor):
-            return QuantizerSpec("activation", scheme, widths=self.widths)
-        if self.input_bits is None:
-            return QuantizerSpec("input", "affine", widths=self.widths)
-        widths = tuple(sorted({self.input_bits, FLOAT_WIDTH}))
-        return QuantizerSpec("input", "affine", widths=widths, learned=False)
+        The tensors inside follow it.
+        """
+        return {
+            node: read.chosen
+            for node in gm.graph.nodes
+            if is_recurrent(node) and INSIDE not in node.kwargs
+            for read in SITES.get(node)
+            if read.ref is not None and read.ref.index == 0
+        }
+
+    def _quantize_inside(
+        self, gm: fx.GraphModule, quantizers: QuantizerSet, node: fx.Node, chosen: Chosen | None
+    ) -> None:
+        path = MODULE_PATH.find(node) or node.name
+        held: dict[str, fx.Node] = {}
+        for name in dict.fromkeys(product.operand for product in products_of(node)):
+            if name is None:
+                continue
+            site = _free_site(quantizers, identifier(f"{path}_{name}"))
+            _add(gm, quantizers, self._inner_quantizer(node, name, site, chosen))
+            with gm.graph.inserting_before(node):
+                held[name] = gm.graph.get_attr(f"{QUANTIZERS}.{site}")
+            MODULE_PATH.set(held[name], path)
+        node.kwargs = {**node.kwargs, INSIDE: held}
+
+    def _inner_quantizer(
+        self, node: fx.Node, name: str, site: str, chosen: Chosen | None
+    ) -> Quantizer:
+        between = name.startswith("input")
+        # The first state comes from outside, and may have any sign, where it is given.
+        positive = node.kwargs["mode"] == "RNN_RELU" and (between or node.args[1] is None)
+        spec = self._within(chosen, is_nonnegative=positive)
+        return Quantizer(spec, site) if between else StateQuantizer(spec, site)
+
+    def _spec(self, gm: fx.GraphModule, uses: list[_Use], num_tensors: int) -> QuantizerSpec:
+        chosen, role = uses[0].read.chosen, _role(uses)
+        said = None if chosen is None else chosen.override
+        is_nonnegative = all(IS_NONNEGATIVE.get(use.tensor) for use in uses)
+        widths, learned = self._widths(said, role)
+        axis, channels = None, 1
+        if role == "weight":
+            axis, channels = self._channels(gm, uses, said)
+        return QuantizerSpec(
+            role,
+            _scheme(role, said, is_nonnegative=is_nonnegative),
+            axis,
+            channels,
+            widths,
+            learned,
+            num_tensors,
+            "" if chosen is None else chosen.by,
+        )
+
+    def _within(self, chosen: Chosen | None, *, is_nonnegative: bool) -> QuantizerSpec:
+        """Return how a tensor inside an operation is quantized."""
+        said = None if chosen is None else chosen.override
+        widths, learned = self._widths(said, "activation")
+        scheme = _scheme("activation", said, is_nonnegative=is_nonnegative)
+        by = "" if chosen is None else chosen.by
+        return QuantizerSpec("activation", scheme, widths=widths, learned=learned, chosen_by=by)
+
+    def _widths(self, said: Override | None, role: Role) -> tuple[tuple[int, ...], bool]:
+        """Return the allowed bit-widths, and whether one of them is learned.
+
+        A fixed one comes with 32 bits, at which a quantizer lets its tensor pass.
+        """
+        if said is not None and said.widths is not None:
+            return tuple(said.widths), True
+        fixed = self.input_bits if role == "input" else None
+        if said is not None and said.bit_width is not None:
+            fixed = said.bit_width
+        return (
+            (self.widths, True) if fixed is None else (tuple(sorted({fixed, FLOAT_WIDTH})), False)
+        )
 
     def _channels(
-        self, gm: fx.GraphModule, uses: list[tuple[fx.Node, OperandRef]]
+        self, gm: fx.GraphModule, uses: list[_Use], said: Override | None
     ) -> tuple[int | None, int]:
-        axes = {_channel_axis(node) for node, _ in uses}
-        shape = _weight_shape(gm, _tensor(*uses[0]))
+        axes = {_channel_axis(use.node) for use in uses}
+        shape = _weight_shape(gm, uses[0].tensor)
         axis = axes.pop() if len(axes) == 1 else None
-        if not self.per_channel or axis is None or shape is None or shape[axis] < 1:
+        per_channel = self.per_channel
+        if said is not None and said.per_channel is not None:
+            per_channel = said.per_channel
+        if not per_channel or axis is None or shape is None or shape[axis] < 1:
             return None, 1
         return axis, shape[axis]
 
-    def _replace_attention(
-        self, gm: fx.GraphModule, quantizers: QuantizerSet, node: fx.Node
-    ) -> None:
-        site = f"{node.name}_weights"
-        quantizer = AttentionQuantizer(
-            QuantizerSpec("activation", "unsigned", widths=self.widths), site
-        )
-        quantizer.train(gm.training)
-        quantizers.add(site, quantizer)
-        with gm.graph.inserting_before(node):
-            quantized = gm.graph.call_module(f"{QUANTIZERS}.{site}", node.args, node.kwargs)
-        path = MODULE_PATH.find(node)
-        if path is not None:
-            MODULE_PATH.set(quantized, path)
-        node.replace_all_uses_with(quantized)
-        gm.graph.erase_node(node)
+
+def _role(uses: list[_Use]) -> Role:
+    """Return what the tensors of a quantizer are; an input among others has the others follow."""
+    if uses[0].read.ref is not None and uses[0].read.ref.is_weight:
+        return "weight"
+    return "input" if any(is_input(use.tensor) for use in uses) else "activation"
 
 
-def _tensor(node: fx.Node, ref: OperandRef) -> fx.Node:
-    tensor = operand_of(node, ref)
-    assert isinstance(tensor, fx.Node)
-    return tensor
+def _scheme(role: Role, said: Override | None, *, is_nonnegative: bool) -> Scheme:
+    """Return the kind of grid that holds the tensors, as `Override.affine` explains it."""
+    affine = None if said is None else said.affine
+    if affine:
+        return "affine"
+    if role == "weight":
+        return "symmetric"
+    if is_nonnegative:
+        return "unsigned"
+    return "affine" if affine is None else "symmetric"
 
 
-def is_input(tensor: fx.Node) -> bool:
-    """Tell whether `tensor` is an input of the model, or one that is only rearranged."""
-    while tensor.op != "placeholder":
-        inputs = tensor.all_input_nodes
-        keeps = OP_INFO.get(tensor).op in ("reshape", "dropout") and tensor.target is not getattr
-        if tensor.op == "get_attr" or not keeps or not inputs:
-            return False
-        tensor = inputs[0]
-    return True
+def _free_site(quantizers: QuantizerSet, name: str) -> str:
+    site, count = name, 1
+    while hasattr(quantizers, site):
+        count += 1
+        site = f"{name}_{count}"
+    return site
+
+
+def _add(gm: fx.GraphModule, quantizers: QuantizerSet, quantizer: Quantizer) -> None:
+    quantizer.train(gm.training)
+    if not quantizer.spec.learned:
+        quantizer.set_bit_width(quantizer.spec.widths[0])
+    quantizers.add(quantizer.name, quantizer)
+
+
+def _replace_attention(gm: fx.GraphModule, site: str, node: fx.Node) -> None:
+    with gm.graph.inserting_before(node):
+        quantized = gm.graph.call_module(f"{QUANTIZERS}.{site}", node.args, node.kwargs)
+    _copy_annotations(node, quantized, MODULE_PATH, SKIPPED)
+    node.replace_all_uses_with(quantized)
+    gm.graph.erase_node(node)
+
+
+def _copy_annotations(node: fx.Node, new: fx.Node, *keys: MetaKey[Any]) -> None:
+    for key in keys:
+        if key.has(node):
+            key.set(new, key.get(node))
 
 
 def _channel_axis(node: fx.Node) -> int | None:
@@ -175,26 +270,33 @@ def _weight_shape(gm: fx.GraphModule, tensor: fx.Node) -> torch.Size | None:
     return weight.shape if isinstance(weight, torch.Tensor) else None
 
 
-def _insert(
-    gm: fx.GraphModule,
-    site: str,
-    uses: list[tuple[fx.Node, OperandRef]],
-    written: frozenset[fx.Node],
-) -> None:
-    """Insert one call for each distinct tensor of the site; tied weights are quantized once."""
-    quantized: dict[object, fx.Node] = {}
-    for node, ref in uses:
-        tensor = _tensor(node, ref)
-        key: object = site if tensor.op == "get_attr" else tensor
-        if tensor in written:
-            key = node  # it may hold other values at each of its readers
-        if key not in quantized:
-            with gm.graph.inserting_before(node):
-                quantized[key] = gm.graph.call_module(f"{QUANTIZERS}.{site}", (tensor,))
-            path = MODULE_PATH.find(node)
-            if path is not None:
-                MODULE_PATH.set(quantized[key], path)
-        _replace_operand(node, ref, quantized[key])
+def _calls(
+    uses: list[_Use], written: frozenset[fx.Node], regions: Mapping[fx.Node, object]
+) -> list[list[_Use]]:
+    """Return the uses that one call of the quantizer serves: one for each distinct tensor.
+
+    Tied weights are one tensor. One that is written to may hold other values at each of its
+    readers; and one that is read with and without gradients is quantized for each.
+    """
+    groups: dict[object, list[_Use]] = {}
+    for use in uses:
+        tensor = use.tensor
+        key: object = "parameter" if tensor.op == "get_attr" else tensor
+        key = use.node if tensor in written else key
+        groups.setdefault((key, regions[use.node]), []).append(use)
+    return list(groups.values())
+
+
+def _insert(gm: fx.GraphModule, site: str, groups: list[list[_Use]]) -> None:
+    """Insert one call for each group, in front of its first use."""
+    for group in groups:
+        first = group[0]
+        with gm.graph.inserting_before(first.node):
+            quantized = gm.graph.call_module(f"{QUANTIZERS}.{site}", (first.tensor,))
+        _copy_annotations(first.node, quantized, MODULE_PATH)
+        for use in group:
+            assert use.read.ref is not None
+            _replace_operand(use.node, use.read.ref, quantized)
 
 
 def _replace_operand(node: fx.Node, ref: OperandRef, value: fx.Node) -> None:

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cgmq_fx.cost.peak_memory import Buffer
+from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.passes.deployed import deployed_nodes, is_write
 from cgmq_fx.passes.functionalize import make_tuple
 from cgmq_fx.passes.guards import select_mode
 from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, VALUE, TensorInfo, Value
 from cgmq_fx.passes.op_classes import REARRANGING
-from cgmq_fx.passes.share_quantizers import is_quantizer
 
 #: Classes whose calls compute element by element where they have one tensor.
 POINTWISE = frozenset({"activation", "batch_norm", "elementwise", "add", "sub", "mul", "div"})

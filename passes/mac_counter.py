@@ -54,6 +54,10 @@ def _convolution_tbc(data: _Shape, weight: _Shape, *_: Any, out_shape: _Shape, *
     return 2 * math.prod(out_shape[:2]) * math.prod(weight)
 
 
+def _distances(lhs: _Shape, rhs: _Shape, *_: Any, out_shape: _Shape, **__: Any) -> int:
+    return 2 * math.prod(out_shape) * lhs[-1]
+
+
 _ATEN = torch.ops.aten
 _OMITTED: Mapping[Any, Callable[..., int]] = {
     _ATEN.mv: _product_with_vector,
@@ -65,4 +69,6 @@ _OMITTED: Mapping[Any, Callable[..., int]] = {
     _ATEN.mkldnn_rnn_layer: _recurrent_layer,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN.conv_tbc: _convolution_tbc,
+    _ATEN._cdist_forward: _distances,
+    _ATEN._euclidean_dist: _distances,
 }

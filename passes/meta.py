@@ -13,6 +13,7 @@ from torch import fx
 
 from cgmq_fx.cost.operation import Operands, Operation
 from cgmq_fx.errors import PassError
+from cgmq_fx.overrides import Chosen
 
 T = TypeVar("T")
 
@@ -112,11 +113,65 @@ class OpInfo:
 
 
 @dataclass(frozen=True)
-class SiteRef:
-    """One operand that reads a quantizer: its place in the consumer and the quantizer's name."""
+class Choice:
+    """One operand that tables want quantized, and what the caller chose for it.
 
-    ref: OperandRef
+    Attributes:
+        ref: its place; None for the weights between the two products of attention.
+        site: name of the quantizer that its tensor has or would have.
+        skipped_by: what messages call the selectors that leave it float.
+        overrides: the overrides that selectors bring to it.
+        follows: it is read through a quantizer only if others read the same weight through one.
+    """
+
+    ref: OperandRef | None
     site: str
+    skipped_by: tuple[str, ...] = ()
+    overrides: tuple[Chosen, ...] = ()
+    follows: bool = False
+
+
+@dataclass(frozen=True)
+class SiteRef:
+    """One operand that reads a quantizer.
+
+    Attributes:
+        ref: its place in the consumer; None for the weights between the products of attention.
+        site: the quantizer's name.
+        chosen: what the caller's overrides say of the quantizer, if anything.
+    """
+
+    ref: OperandRef | None
+    site: str
+    chosen: Chosen | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An operand that the caller keeps in float, for the coverage ledger.
+
+    Attributes:
+        by: what messages call the selectors.
+        name: what the operand is, such as ``weight``.
+    """
+
+    by: tuple[str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class ExportedTensor:
+    """What export knows of a tensor in a program, whatever the batch.
+
+    Attributes:
+        rank: number of axes.
+        dtype: type of its elements.
+        device: where it was.
+    """
+
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 OP_INFO: MetaKey[OpInfo] = MetaKey("cgmq_fx.op_info", "annotate-operations")
@@ -125,12 +180,18 @@ IS_NONNEGATIVE: MetaKey[bool] = MetaKey("cgmq_fx.is_nonnegative", "annotate-nonn
 VALUE: MetaKey[Value] = MetaKey("cgmq_fx.value", "annotate-shapes")
 COUNTED_MACS: MetaKey[int] = MetaKey("cgmq_fx.counted_macs", "annotate-shapes")
 WORK: MetaKey[tuple[Operation, ...]] = MetaKey("cgmq_fx.work", "annotate-work")
+CHOICES: MetaKey[tuple[Choice, ...]] = MetaKey("cgmq_fx.choices", "select-operands")
 SITES: MetaKey[tuple[SiteRef, ...]] = MetaKey("cgmq_fx.sites", "share-quantizers")
 PRICES: MetaKey[tuple[tuple[str, str], ...]] = MetaKey("cgmq_fx.prices", "price-operations")
+KEPT_CLOSED: MetaKey[bool] = MetaKey("cgmq_fx.kept_closed", "trace")
 MODULE_PATH: MetaKey[str] = MetaKey("cgmq_fx.module_path", "trace")
+#: Operands that the caller keeps in float. It outlasts the insertion of quantizers: the ledger,
+#: which is made when shapes are known, says so.
+SKIPPED: MetaKey[tuple[Skipped, ...]] = MetaKey("cgmq_fx.skipped", "select-operands")
+EXPORTED: MetaKey[ExportedTensor] = MetaKey("cgmq_fx.exported", "trace-exported")
 
 #: What analyses say of the operations of a graph: void once calls are added, replaced or removed.
 #: `VALUE` is not among it: tensors keep their shapes where nodes that stay keep what they compute.
 OPERATION_KEYS: frozenset[MetaKey[Any]] = frozenset(
-    {OP_INFO, IS_CONSTANT, IS_NONNEGATIVE, COUNTED_MACS, WORK, SITES, PRICES}
+    {OP_INFO, IS_CONSTANT, IS_NONNEGATIVE, COUNTED_MACS, WORK, CHOICES, SITES, PRICES}
 )

@@ -12,13 +12,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload
 
 from cgmq_fx.attention import AttentionQuantizer
 from cgmq_fx.frozen import FrozenAttention, FrozenQuantizer, FrozenWeight
+from cgmq_fx.passes.export_inputs import BuildOutput, InputStructure
 from cgmq_fx.passes.functionalize import find_output_padding, make_tuple
-from cgmq_fx.passes.guards import TrainingMode, check_same, select_mode
+from cgmq_fx.passes.guards import (
+    TrainingMode,
+    change_in_mode_,
+    check_concrete,
+    check_mode,
+    check_same,
+    kind_of,
+    select_mode,
+    set_autocast,
+    set_gradients,
+    write_in_training,
+)
 from cgmq_fx.passes.multi_head_attention import merge_masks
+from cgmq_fx.passes.products import FUNCTIONS, METHODS
+from cgmq_fx.passes.shape_guard import ShapeGuard
+from cgmq_fx.passes.state import assign_
 from cgmq_fx.quantizers import Quantizer
+from cgmq_fx.recurrent import CELL_KERNELS, LAYER_KERNELS, recurrent, recurrent_cell
 
 #: Operations whose output holds elements of their input, rearranged: they compute nothing.
 REARRANGING = "reshape"
@@ -30,11 +47,12 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "conv_transpose1d": (F.conv_transpose1d,),
     "conv_transpose2d": (F.conv_transpose2d,),
     "conv_transpose3d": (F.conv_transpose3d,),
-    "linear": (F.linear,),
+    "linear": (F.linear, recurrent, recurrent_cell),
     "bilinear": (F.bilinear,),
+    "rnn": (*LAYER_KERNELS.values(), *CELL_KERNELS.values()),
     "matmul": (
         torch.matmul, torch.bmm, torch.mm, torch.mv, operator.matmul, torch.baddbmm, torch.addmm,
-        torch.einsum,
+        torch.einsum, torch.linalg.matmul, *FUNCTIONS,
     ),
     "attention": (F.scaled_dot_product_attention,),
     "embedding": (F.embedding, F.embedding_bag),
@@ -66,9 +84,11 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "rms_norm": (F.rms_norm,),
     "dropout": (
         F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+        torch.feature_dropout,
     ),
     "interpolate": (F.interpolate, F.upsample, F.grid_sample),
     "reduce": (
+        F.fold,  # adds up what overlaps
         torch.mean, torch.sum, torch.amax, torch.amin, torch.max, torch.min, torch.prod, torch.norm,
     ),
     "elementwise": (
@@ -81,16 +101,19 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
         operator.getitem, operator.setitem, getattr, len, torch.flatten, torch.reshape,
         torch.permute, torch.transpose, torch.chunk, torch.split, torch.unbind, torch.squeeze,
         torch.unsqueeze, torch.roll, torch.swapaxes, torch.movedim, torch.unflatten, F.pad,
-        F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold, torch.tile,
+        F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, torch.tile,
         torch.index_select, torch.broadcast_to, torch.clone, torch.arange, torch.zeros, torch.ones,
         torch.full, torch.zeros_like, torch.ones_like, torch._assert, make_tuple, tuple, list,
         OrderedDict, find_output_padding, check_same, select_mode, merge_masks, torch.flip,
-        torch.narrow,
+        torch.narrow, change_in_mode_,
+        OrderedDict, find_output_padding, check_same, kind_of, check_mode, check_concrete,
+        set_gradients, set_autocast, assign_, select_mode, write_in_training,
+        merge_masks, torch.flip, torch.narrow,
     ),
 }  # fmt: skip
 
 _METHODS: Mapping[str, tuple[str, ...]] = {
-    "matmul": ("matmul", "bmm", "mm", "mv", "__matmul__", "baddbmm", "addmm"),
+    "matmul": ("matmul", "bmm", "mm", "mv", "__matmul__", "baddbmm", "addmm", *METHODS),
     "add": ("add", "add_", "__add__", "__radd__"),
     "sub": ("sub", "sub_", "subtract"),
     "mul": ("mul", "mul_", "multiply"),
@@ -127,29 +150,65 @@ _MODULES: Mapping[str, tuple[type[nn.Module], ...]] = {
         nn.GLU, nn.LogSigmoid, nn.Softsign, nn.Threshold,
     ),
     "interpolate": (nn.Upsample,),
+    "reduce": (nn.Fold,),
     "rnn": (nn.RNNBase, nn.RNNCellBase),
     "attention": (AttentionQuantizer, FrozenAttention),
     REARRANGING: (
         nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle,
         nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
-        nn.modules.padding._ConstantPadNd, nn.Unfold, nn.Fold, nn.modules.padding._ReflectionPadNd,
+        nn.modules.padding._ConstantPadNd, nn.Unfold, nn.modules.padding._ReflectionPadNd,
         nn.modules.padding._ReplicationPadNd, TrainingMode, Quantizer, FrozenWeight,
-        FrozenQuantizer,
+        FrozenQuantizer, BuildOutput, InputStructure, ShapeGuard,
     ),
 }  # fmt: skip
 
 _CLASS_OF_FUNCTION: Mapping[Any, str] = {f: op for op, fs in _FUNCTIONS.items() for f in fs}
 _CLASS_OF_METHOD: Mapping[str, str] = {m: op for op, ms in _METHODS.items() for m in ms}
+# ATen operators, as torch.export records them, where their names are not those of a function.
+_OPERATORS: Mapping[str, tuple[str, ...]] = {
+    "max_pool": ("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
+    "interpolate": ("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"),
+    "reduce": ("mean", "sum", "amax", "amin", "prod", "var", "std", "linalg_vector_norm"),
+    "rnn": (
+        "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+        "rnn_relu_cell",
+    ),
+    REARRANGING: (
+        "slice", "select", "index", "alias", "lift_fresh_copy", "sym_size", "sym_numel",
+        "sym_stride", "sym_storage_offset", "_assert_scalar", "_assert_async",
+        "_assert_tensor_metadata", "mT", "mH", "numpy_T", "adjoint", "sym_constrain_range",
+        "sym_constrain_range_for_size", "diagonal", "view_as_real", "view_as_complex", "empty",
+        "unsafe_split", "unsafe_chunk", "constant_pad_nd", "detach_copy", "new_empty", "empty_like",
+        "copy_", "fill_", "zero_",
+    ),
+}  # fmt: skip
+_CLASS_OF_OPERATOR: Mapping[str, str] = {o: op for op, os in _OPERATORS.items() for o in os}
 
 
 def class_of_function(function: Callable[..., Any]) -> str:
     """Return the operation class of a function, or ``other``."""
+    if isinstance(function, OpOverload):
+        return _class_of_operator(function._opname)
     return _CLASS_OF_FUNCTION.get(function, "other")
+
+
+def _class_of_operator(name: str) -> str:
+    if name in _CLASS_OF_OPERATOR:
+        return _CLASS_OF_OPERATOR[name]
+    if name.startswith(("upsample_", "_upsample_")):
+        return "interpolate"
+    plain = name.removesuffix("_")
+    for place in (torch, F):
+        found = _CLASS_OF_FUNCTION.get(getattr(place, plain, None))
+        if found is not None:
+            return found
+    return class_of_method(name)
 
 
 def class_of_method(method: str) -> str:
     """Return the operation class of a tensor method, or ``other``."""
-    return _CLASS_OF_METHOD.get(method, "other")
+    found = _CLASS_OF_METHOD.get(method)
+    return found or _CLASS_OF_METHOD.get(method.removesuffix("_"), "other")
 
 
 def class_of_module(module: nn.Module) -> str:

@@ -32,7 +32,7 @@ class TracedValue(fx.Proxy):
         return cast(Answering, self.tracer).python_value(self, question)
 
     def __index__(self) -> int:
-        return operator.index(self._answer("an integer"))
+        return operator.index(self._answer("an index"))
 
     def __int__(self) -> int:
         return int(self._answer("an integer"))

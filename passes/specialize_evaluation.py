@@ -5,19 +5,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, final
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.deployed import deployed_nodes, is_write
-from cgmq_fx.passes.guards import TrainingMode, select_mode
+from cgmq_fx.passes.guards import TrainingMode, change_in_mode_, select_mode
+from cgmq_fx.passes.meta import KEPT_CLOSED
 from cgmq_fx.passes.record import Recorder, erase_between
 from cgmq_fx.passes.unused import delete_unread
 
 _DROPOUTS = frozenset(
-    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-)
+    {
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+        torch.feature_dropout,
+    }
+)  # fmt: skip
 _UNDECIDED: Final = object()
 
 
@@ -62,7 +67,7 @@ _READING = ("get_attr", "call_module")
 
 def _open(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Put in place of a closed layer of the user what it does in evaluation mode."""
-    if node.op != "call_module":
+    if node.op != "call_module" or KEPT_CLOSED.has(node):
         return False
     module = gm.get_submodule(str(node.target))
     if not _can_open(module):
@@ -99,6 +104,9 @@ def _value_in_evaluation(gm: fx.GraphModule, node: fx.Node) -> Any:
         return _UNDECIDED
     if node.target is select_mode:
         return node.args[2]
+    if node.target is change_in_mode_:
+        wanted = node.args[2]
+        return node.args[0] if wanted else _UNDECIDED
     if node.target in _DROPOUTS:
         training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return _operand(node) if training is False else _UNDECIDED

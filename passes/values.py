@@ -1,17 +1,15 @@
-"""What the values of a graph under construction look like, by running it on fake tensors."""
+"""Running the nodes of a graph on fake tensors, which have shapes and no data."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
-
-UNKNOWN: Final = object()
 
 
 def fake_mode() -> FakeTensorMode:
@@ -48,6 +46,17 @@ def to_fake(mode: FakeTensorMode, tree: Any) -> Any:
     return pytree.tree_map(convert, tree)
 
 
+def map_tensors(function: Callable[[torch.Tensor], Any], values: Iterable[Any]) -> tuple[Any, ...]:
+    """Apply `function` to every tensor of `values` that stands alone or in a dict."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: convert(member) for key, member in value.items()}
+        return function(value) if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(convert, values))
+
+
 def find_attribute(module: nn.Module, path: str) -> Any:
     """Return the attribute at a dotted path, as `get_attr` nodes spell it."""
     owner, _, name = path.rpartition(".")
@@ -69,7 +78,11 @@ def execute(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, mode: Fake
             called = module.get_submodule(str(node.target))
             if isinstance(called, _BatchNorm) and len(args) == 1 and not kwargs:
                 return _normalized(called, args[0])
-            return called(*args, **kwargs)
+            buffers = {name: to_fake(mode, buffer) for name, buffer in called.named_buffers()}
+            if not buffers:
+                return called(*args, **kwargs)
+            # Written to in place, a buffer that is not without data would change.
+            return torch.func.functional_call(called, buffers, args, kwargs)
 
 
 def _normalized(batch_norm: _BatchNorm, data: torch.Tensor) -> torch.Tensor:
@@ -87,57 +100,3 @@ def _mutable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _mutable(item) for key, item in value.items()}
     return tuple(map(_mutable, value)) if type(value) is tuple else value
-
-
-class ValueEvaluator:
-    """Computes, on demand and once, the value of each node of a graph that is being traced.
-
-    A value is a fake tensor, or whatever Python value the node produces; `UNKNOWN` where that
-    depends on the data in a tensor. `running` is true while a value is computed, when calls must
-    not be traced.
-    """
-
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
-        self.inputs = inputs
-        self.module: nn.Module | None = None
-        self.running = False
-        self._mode = fake_mode()
-        self._values: dict[fx.Node, Any] = {}
-
-    def value(self, node: fx.Node) -> Any:
-        """Return the value of `node`."""
-        wanted = [node]
-        while wanted:
-            last = wanted[-1]
-            missing = [arg for arg in last.all_input_nodes if arg not in self._values]
-            if missing and last not in self._values:
-                wanted.extend(missing)
-                continue
-            wanted.pop()
-            if last not in self._values:
-                self._values[last] = self._compute(last)
-        return self._values[node]
-
-    def assume(self, node: fx.Node, value: Any) -> None:
-        """Take `value` for what `node` produces."""
-        self._values[node] = value
-
-    def _compute(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            return self._placeholder(node)
-        args = fx.node.map_arg(node.args, self._values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, self._values.__getitem__)
-        if any(value is UNKNOWN for value in pytree.tree_leaves((args, kwargs))):
-            return UNKNOWN
-        self.running = True
-        try:
-            with without_data(self._mode):
-                assert self.module is not None
-                return execute(self.module, node, args, kwargs, self._mode)
-        except Exception:  # what cannot run without data is unknown, and refused when asked for
-            return UNKNOWN
-        finally:
-            self.running = False
-
-    def _placeholder(self, node: fx.Node) -> Any:
-        return to_fake(self._mode, self.inputs.get(str(node.target), UNKNOWN))
