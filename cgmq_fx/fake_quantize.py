@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cgmq_fx.native_fake_quantize import native_backward, native_call, native_forward
+
 PROBE_SCALE = 2.0**-40
 """What the statistics in a probe's gradient are multiplied by, exactly undone by dividing.
 
@@ -32,6 +34,12 @@ RANGE_MIN, RANGE_MAX = 2.0**-100, 2.0**126
 RELATIVE_FLOOR, ABSOLUTE_FLOOR = 2.0**-3, 2.0**-10
 """What a weight's range counts for at least in `range_gain`: a share of the largest; real units."""
 
+BOUNDS = (RANGE_MIN, RANGE_MAX, RELATIVE_FLOOR, ABSOLUTE_FLOOR, PROBE_SCALE)
+"""What the kernels have to know of these constants."""
+
+# Steps from end to end of a binary grid; others have 2^b - 1, 2^b - 2, or none.
+_BINARY_SPAN = 4
+
 BLOCK_VALUES = 2**17
 """Values of a large tensor worked on at a time: temporaries of this size fit a CPU's cache."""
 
@@ -41,12 +49,21 @@ class Grid(NamedTuple):
 
     scale, zero_point, low and high are float tensors of shape (ranges,); zero_point, low and high
     hold integers, and may have shape () where all ranges share them. A code is k + zero_point.
+    Binary grids have the values -scale and scale, and reach from -2 to 2 steps, as no other does.
     """
 
     scale: Tensor
     zero_point: Tensor
     low: Tensor
     high: Tensor
+
+    def together(self) -> "Grid":
+        """Return the grid as rows of one tensor.
+
+        A compiler for CPUs computes that once. It would compute the fields again in every loop that
+        reads them, and as they come from many tensors, keep results of the loops in memory instead.
+        """
+        return Grid(*torch.stack([field.expand_as(self.scale) for field in self]).unbind())
 
     def along(self, axis: int | None, ndim: int) -> "Grid":
         """Return the grid with its ranges along `axis` of tensors with `ndim` dimensions."""
@@ -86,20 +103,47 @@ def ends_of(multiplier: Tensor, base: Tensor) -> Tensor:
 
 
 def grid_of(ends: Tensor, quant_min: Tensor, quant_max: Tensor) -> Grid:
-    """Return the grid on which codes from quant_min to quant_max span the range with these ends."""
+    """Return the grid on which codes from quant_min to quant_max span the range with these ends.
+
+    A positive quant_min makes it binary: the range is cut into two halves, each of which has its
+    middle for a value. At 0 bits, where both are 0, every scale will do.
+    """
     ends = ends.abs()
     low, high = quant_min.to(ends.dtype), quant_max.to(ends.dtype)
     if ends.ndim == 1:
-        return Grid(ends.clamp(RANGE_MIN, RANGE_MAX) / high, torch.zeros_like(high), low, high)
+        is_binary = low > 0
+        high = torch.where(is_binary, 2 * high, high)
+        low = torch.where(is_binary, -high, low)
+        scale = ends.clamp(RANGE_MIN, RANGE_MAX) / high.clamp(min=1)
+        return Grid(scale, torch.zeros_like(high), low, high)
     ends = ends.clamp(max=RANGE_MAX)
-    scale = ends.sum(0).clamp(min=RANGE_MIN) / (high - low)
+    scale = ends.sum(0).clamp(min=RANGE_MIN) / (high - low).clamp(min=1)
     zero_point = (ends[0] / scale).round().clamp(low, high)
     return Grid(scale, zero_point, low - zero_point, high - zero_point)
 
 
-def to_steps(x: Tensor, grid: Grid) -> Tensor:
-    """Return codes - zero_point as a float tensor, for x already wide and a grid along its axis."""
-    return (x / grid.scale).clamp_max_(grid.high).clamp_min_(grid.low).round_()
+def to_steps(x: Tensor, grid: Grid, *, is_binary: Tensor | bool = False) -> Tensor:
+    """Return codes - zero_point as a float tensor, for x already wide and a grid along its axis.
+
+    `is_binary` says whether the grid is; a tensor says it where that is to be read late.
+    """
+    steps = (x / grid.scale).clamp_max_(grid.high).clamp_min_(grid.low)
+    return _rounded(steps, is_binary)
+
+
+def _rounded(steps: Tensor, is_binary: Tensor | bool) -> Tensor:
+    """Return the nearest codes - zero_point; of a binary grid -1 below 0, else 1."""
+    if is_binary is False:
+        return steps.round()
+    ones = torch.ones((), dtype=steps.dtype, device=steps.device)
+    # -0.0 + 0.0 is 0.0; the product with 0 keeps what is not a number.
+    signs = torch.copysign(ones, steps + 0.0) + steps * 0.0
+    return signs if is_binary is True else torch.where(is_binary, signs, steps.round())
+
+
+def _is_binary(grid: Grid, *, is_weight: bool, affine: bool) -> Tensor | bool:
+    """Return whether a grid is binary, as a tensor, where it could be."""
+    return grid.high - grid.low == _BINARY_SPAN if is_weight and not affine else False
 
 
 def fake_quantize(
@@ -126,7 +170,7 @@ def fake_quantize(
         x: any shape, floating.
         multiplier: (ranges,), or (2, ranges) for an affine range; see `ends_of`.
         base: the shape of multiplier, not negative: the ends where every multiplier is 1.
-        quant_min: integer, shape ().
+        quant_min: integer, shape (); with quant_max as `kernel_bounds` has them.
         quant_max: integer, shape ().
         passthrough: bool, shape (): True at 32 bits.
         probe: shape (2,); its values are never read.
@@ -167,6 +211,32 @@ def range_gain(numel: float, quant_max: Tensor, base: Tensor, *, is_weight: bool
     return gain / torch.maximum(span, floor).square()
 
 
+def copy_as_laid_out(x: Tensor) -> Tensor:
+    """Return a copy of x with its strides, gaps and repetitions included.
+
+    `Tensor.clone` packs a slice or an expanded tensor; a product then takes another kernel, which
+    rounds apart.
+    """
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            return copy_as_laid_out(x.narrow(dim, 0, 1)).expand_as(x)
+    copied = x.clone()
+    if copied.stride() == x.stride() or _overlaps(x):
+        return copied
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Tell whether two elements of x may have one place in memory, as in sliding windows."""
+    reached = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reached:
+                return True
+            reached += stride * (size - 1)
+    return False
+
+
 class _FakeQuantize(torch.autograd.Function):
     """The function of `fake_quantize`; saves x and small tensors, recomputes the rest."""
 
@@ -187,18 +257,35 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.channel_axis, ctx.is_weight, ctx.bypass = channel_axis, is_weight, bypass
         if bypass:
             # A copy: autograd forbids in-place operations on an input that is returned as it is.
-            return x.clone()
-        ends = ends_of(multiplier, base)
-        grid = grid_of(ends, quant_min, quant_max)
-        ctx.save_for_backward(x, base, quant_max, passthrough, ends, *grid)
+            return copy_as_laid_out(x)
+        tensors = (x, multiplier, base)
+        ctx.call = (
+            None if bypass is None else native_call(*tensors, channel_axis, is_weight=is_weight)
+        )
+        if ctx.call is not None:
+            ends = (multiplier, base, quant_min, quant_max)
+            out, qparams = native_forward(ctx.call, x, ends, BOUNDS)
+            ctx.save_for_backward(x, base, quant_max, qparams)
+            return out
+        reach = ends_of(multiplier, base)
+        grid = grid_of(reach, quant_min, quant_max)
+        if bypass is None:
+            grid = grid.together()
+        ctx.save_for_backward(x, base, quant_max, passthrough, reach, *grid)
         inner = grid.along(channel_axis, x.ndim)
-        out = to_steps(widen(x), inner).mul_(inner.scale).to(x.dtype)
+        is_binary = _is_binary(inner, is_weight=is_weight, affine=base.ndim == 2)
+        out = to_steps(widen(x), inner, is_binary=is_binary).mul_(inner.scale).to(x.dtype)
         return torch.where(passthrough, x, out) if bypass is None else out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_multiplier, needs_probe = (ctx.needs_input_grad[i] for i in (0, 1, 6))
+        if not ctx.bypass and ctx.call is not None:
+            x, *saved = ctx.saved_tensors
+            found = native_backward(ctx.call, x, grad_out, saved, BOUNDS)
+            needed = (needs_x, needs_multiplier, needs_probe)
+            return _gradients(*(g if n else None for g, n in zip(found, needed, strict=True)))
         grad_probe = _statistics(widen(grad_out)) if needs_probe else None
         if ctx.bypass:
             return _gradients(grad_out if needs_x else None, None, grad_probe)
@@ -206,10 +293,12 @@ class _FakeQuantize(torch.autograd.Function):
         grid = Grid(*fields)
         inner = grid.along(ctx.channel_axis, x.ndim)
         axis, affine = ctx.channel_axis, ends.ndim == 2
+        is_binary = _is_binary(inner, is_weight=ctx.is_weight, affine=affine)
+        kind = (affine, is_binary)
         if ctx.bypass is not None and _fits_blocks(x, grad_out, axis):
-            grad_x, sums = _backpropagate_in_blocks(x, grad_out, inner, affine=affine)
+            grad_x, sums = _backpropagate_in_blocks(x, grad_out, inner, kind)
         else:
-            grad_x, sums = _backpropagate(x, grad_out, inner, axis, affine=affine)
+            grad_x, sums = _backpropagate(x, grad_out, inner, axis, kind)
         grad_multiplier = None
         if needs_multiplier:
             grad_ends = _grad_ends(sums, ends, grid)
@@ -231,9 +320,13 @@ def _gradients(
 
 
 def _backpropagate(
-    x: Tensor, grad_out: Tensor, grid: Grid, axis: int | None, *, affine: bool
+    x: Tensor,
+    grad_out: Tensor,
+    grid: Grid,
+    axis: int | None,
+    kind: tuple[bool, Tensor | bool],
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and sums per range in rows.
+    """Return the gradient of x, and sums per range in rows; `kind`: is it affine, is it binary?
 
     The first is the gradient of the scale where zero_point is held; the second, for affine ranges,
     the sum of the gradients that meet clipped values.
@@ -244,7 +337,8 @@ def _backpropagate(
     inside = steps.eq_(clipped)  # 1.0 or 0.0: several times faster on CPU than a bool mask
     grad_x = grad * inside
     # d out / d scale: the rounding error inside the range, the end of the grid outside.
-    slope = clipped.round().sub_(clipped.mul_(inside)).mul_(grad)
+    affine, is_binary = kind
+    slope = _rounded(clipped, is_binary).sub_(clipped.mul_(inside)).mul_(grad)
     sums = [_per_range(slope, axis)]
     if affine:
         sums.append(_per_range(grad - grad_x, axis))
@@ -252,16 +346,16 @@ def _backpropagate(
 
 
 def _backpropagate_in_blocks(
-    x: Tensor, grad_out: Tensor, grid: Grid, *, affine: bool
+    x: Tensor, grad_out: Tensor, grid: Grid, kind: tuple[bool, Tensor | bool]
 ) -> tuple[Tensor, Tensor]:
     """Do the same for one range, in pieces that stay in the cache.
 
     Fresh temporaries of the size of a large activation cost more than all arithmetic on them.
     """
-    grad_x, sums = torch.empty_like(grad_out), []
+    grad_x, sums = grad_out.new_empty(grad_out.shape), []
     blocks = zip(*(_blocks(tensor) for tensor in (x, grad_out, grad_x)), strict=True)
     for block, grad, target in blocks:
-        result, block_sums = _backpropagate(block, grad, grid, None, affine=affine)
+        result, block_sums = _backpropagate(block, grad, grid, None, kind)
         target.copy_(result)
         sums.append(block_sums)
     return grad_x, torch.stack(sums).sum(0)
@@ -278,14 +372,31 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _statistics(grad: Tensor) -> Tensor:
-    mean = grad.sum() / max(grad.numel(), 1)
-    return torch.stack((mean, torch.linalg.vector_norm(grad).square())) * PROBE_SCALE
+    if torch.compiler.is_compiling():
+        mean, squares = _total(grad) / max(grad.numel(), 1), _total(grad * grad)
+    else:
+        mean = grad.sum() / max(grad.numel(), 1)
+        squares = torch.linalg.vector_norm(grad).square()
+    return torch.stack((mean, squares)) * PROBE_SCALE
+
+
+def _total(values: Tensor) -> Tensor:
+    """Return the sum of all values.
+
+    It goes over channels first, so that a compiler does it in the loop that has the sums of the
+    batch norm before the quantizer.
+    """
+    if values.ndim < 4:
+        return values.sum()
+    others = [dim for dim in range(values.ndim) if dim != 1]
+    return values.sum(others).sum()
 
 
 def _per_range(values: Tensor, axis: int | None) -> Tensor:
     """Return the sums of `values` over each range, shape (ranges,)."""
     if axis is None:
-        return values.sum().reshape(1)
+        total = _total(values) if torch.compiler.is_compiling() else values.sum()
+        return total.reshape(1)
     others = [dim for dim in range(values.ndim) if dim != axis % values.ndim]
     return values.sum(others) if others else values
 
@@ -297,8 +408,8 @@ def _grad_ends(sums: Tensor, ends: Tensor, grid: Grid) -> Tensor:
     clipped value.
     """
     if ends.ndim == 1:
-        return sums[0] / grid.high
+        return sums[0] / grid.high.clamp(min=1)
     of_scale, of_clipped = sums
-    steps = grid.high - grid.low
+    steps = (grid.high - grid.low).clamp(min=1)
     of_scale = of_scale + of_clipped * ends[0].abs() / grid.scale
     return torch.stack((of_scale / steps - of_clipped, of_scale / steps))

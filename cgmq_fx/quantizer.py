@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cgmq_fx.calibration import (
+    condensed,
     least_squares_ends,
     observed_ends,
     rows_of,
@@ -18,8 +19,16 @@ from cgmq_fx.calibration import (
 )
 from cgmq_fx.errors import TrainingError, UsageError
 from cgmq_fx.fake_quantize import Grid, ends_of, fake_quantize, grid_of, to_steps, widen
-from cgmq_fx.gates import FLOAT_WIDTH, MAX_INTEGER_WIDTH, bit_width_of, gate_for, is_width
-from cgmq_fx.quantizer_spec import QuantizerSpec, integer_grid
+from cgmq_fx.gates import (
+    BINARY_WIDTH,
+    FLOAT_WIDTH,
+    MAX_INTEGER_WIDTH,
+    WIDTHS_TEXT,
+    bit_width_of,
+    gate_for,
+    is_width,
+)
+from cgmq_fx.quantizer_spec import QuantizerSpec, integer_grid, kernel_bounds
 
 FIT_VALUES = {"weight": 2**20, "activation": 2**14, "input": 2**14}
 """How many values of a tensor a range is fitted on; its extremes are those of all values."""
@@ -49,6 +58,8 @@ class Quantizer(nn.Module):
     At 32 bits the tensor passes through bit for bit. A first forward calibrates; in eager mode a
     forward after a change of width fits the range anew, in training on what it sees, in evaluation
     on the kept sample. Compiled code does not: call `refit` after a change of width there.
+    One that several tensors share sees all of them before it does so: they pass through unchanged
+    until the last calibrates, and keep the old range while a new one is gathered in training.
 
     `probe` is a parameter whose values are never used. Its gradient brings out of the backward pass
     `fake_quantize.PROBE_SCALE` times [mean of the gradient of the output, sum of its squares].
@@ -72,6 +83,11 @@ class Quantizer(nn.Module):
         rows = (2,) if spec.scheme == "affine" else ()
         self.multiplier = nn.Parameter(torch.ones(*rows, spec.num_channels))
         self.probe = nn.Parameter(torch.zeros(2))
+        if spec.role == "input" and not spec.learned:
+            # What arrives from outside is as it is: its range comes from data, and no gradient has
+            # to flow back to it through the first layer, where the float model needs none.
+            self.multiplier.requires_grad_(False)
+            self.probe.requires_grad_(False)
         self.register_buffer("gate", torch.tensor(gate_for(spec.widths[-1], spec.widths)))
         self.register_buffer("base", torch.ones(*rows, spec.num_channels))
         # What persists of the two flags, and their mirrors, which forward reads without a sync.
@@ -82,30 +98,46 @@ class Quantizer(nn.Module):
             self.register_buffer(buffer, torch.tensor(0, dtype=torch.int32), persistent=False)
         self.register_buffer("passthrough", torch.tensor(False), persistent=False)
         self._sample: Tensor | None = None
+        self._gathered: list[Tensor] = []
+        self._sample_is_new = False
+        #: Set where a range or a sample is found; who shares them with others clears it.
+        self.has_news = False
         self._bit_width = 0
         self._follow_gate()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x fake-quantized, in its own dtype; integers, bools and empty tensors unchanged.
 
+        So is a Python number, for which a graph traced without shapes may have a quantizer.
+
         Raises:
             TrainingError: a range has to be found and x holds NaN or infinite values.
         """
-        if not x.is_floating_point() or x.numel() == 0:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return x
-        traced = torch.compiler.is_compiling()
+        if not self._find_range(x):
+            return x.clone()  # as at 32 bits: what reads it may change it in place
+        return self._round(x, self.multiplier, self.probe)
+
+    def _find_range(self, x: Tensor) -> bool:
+        """Find the range or fit it where that is due; False where more tensors are needed."""
         if not self._calibrated:
-            self.calibrate(x)
-        elif not traced:
+            return self._calibrate_on_all(x)
+        if not torch.compiler.is_compiling():
             self._catch_up(x)
+        return True
+
+    def _round(self, x: Tensor, multiplier: Tensor, probe: Tensor) -> Tensor:
+        """Return x fake-quantized; gradients of the range and the probe go to what is given."""
+        traced = torch.compiler.is_compiling()
         return fake_quantize(
             x,
-            self.multiplier,
+            multiplier,
             self.base,
             self.quant_min,
             self.quant_max,
             self.passthrough,
-            self.probe,
+            probe,
             channel_axis=self.spec.channel_axis,
             is_weight=self.spec.role == "weight",
             bypass=None if traced else self._bit_width == FLOAT_WIDTH,
@@ -127,9 +159,19 @@ class Quantizer(nn.Module):
         return self._refit_due
 
     @property
+    def is_behind(self) -> bool:
+        """Whether a fit is pending that an eager forward would have done."""
+        return self._refit_due and self.spec.num_tensors == 1
+
+    @property
     def has_sample(self) -> bool:
         """Whether values of the tensor are kept, for `refit` and `expected_noise` without it."""
         return self._sample is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next tensor is looked at first: for a range, its fit, or a sample."""
+        return not self._calibrated or self._refit_due or self._sample is None
 
     @property
     def mean_abs(self) -> float:
@@ -185,6 +227,11 @@ class Quantizer(nn.Module):
         """
         self._fit(self._kept_sample() if x is None else self._rows(x))
 
+    @torch.no_grad()
+    def reset_multiplier(self) -> None:
+        """Let the range be what was found from data."""
+        self.multiplier.fill_(1)
+
     def qparams(self) -> QParams:
         """Return the numbers of the current grid, detached.
 
@@ -202,7 +249,8 @@ class Quantizer(nn.Module):
     def quantize(self, x: Tensor) -> Tensor:
         """Return the codes of x as int32. Raises as `qparams`."""
         grid = self._grid().along(self.spec.channel_axis, x.ndim)
-        return (to_steps(widen(x), grid) + grid.zero_point).to(torch.int32)
+        is_binary = self._bit_width == BINARY_WIDTH and self.spec.scheme == "symmetric"
+        return (to_steps(widen(x), grid, is_binary=is_binary) + grid.zero_point).to(torch.int32)
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -219,7 +267,7 @@ class Quantizer(nn.Module):
         """Return the mean squared error per element at a width, in the range best for that width.
 
         Args:
-            bit_width: 2 to 16, or 32 (0.0); it need not be one of the allowed widths.
+            bit_width: 0 to 16, or 32 (0.0); it need not be one of the allowed widths.
             x: the tensor to quantize; None: the sample kept of the last one.
 
         Raises:
@@ -229,7 +277,7 @@ class Quantizer(nn.Module):
         if not is_width(bit_width):
             raise UsageError(
                 f"quantizer {self.name!r}: bit_width={bit_width!r} is not a width; "
-                "use 2 to 16, or 32"
+                f"use {WIDTHS_TEXT}"
             )
         rows = self._kept_sample() if x is None else self._rows(x)
         if bit_width == FLOAT_WIDTH:
@@ -237,7 +285,7 @@ class Quantizer(nn.Module):
         ends = observed_ends(rows, self.spec.scheme)
         rows = subsample(rows, FIT_VALUES[self.spec.role])
         ends = least_squares_ends(rows, ends, self.spec.scheme, bit_width)
-        error = squared_error(rows, ends, *integer_grid(self.spec.scheme, bit_width))
+        error = squared_error(rows, ends, *kernel_bounds(self.spec.scheme, bit_width))
         return float(error.sum()) / rows.numel()
 
     def extra_repr(self) -> str:
@@ -248,20 +296,58 @@ class Quantizer(nn.Module):
 
     def _catch_up(self, x: Tensor) -> None:
         """Fit the range where a width changed; have a sample where there is none, after a load."""
-        if self._refit_due:
+        if self.spec.num_tensors > 1:
+            self._catch_up_shared(x)
+        elif self._refit_due:
             seen = self.training or self.spec.role == "weight" or self._sample is None
             self.refit(x if seen else None)
         elif self._sample is None:
             self._keep_sample(rows_of(x, self.spec.channel_axis))
+
+    @torch.no_grad()
+    def _calibrate_on_all(self, x: Tensor) -> bool:
+        """Calibrate once every tensor of a forward was seen; return whether that is now."""
+        rows = self._gather(self._rows(x))
+        if rows is not None:
+            self._fit(rows)
+        return rows is not None
+
+    @torch.no_grad()
+    def _catch_up_shared(self, x: Tensor) -> None:
+        """Do the same for several tensors; the range never changes between two of one forward.
+
+        Autograd would refuse that. In training a new sample is gathered first, and fitted in the
+        next forward.
+        """
+        wants_new = self._refit_due and self.training and not self._sample_is_new
+        if self._refit_due and self._sample is not None and not wants_new:
+            self.refit()
+            self._sample_is_new = False
+        elif self._sample is None or wants_new:
+            rows = self._gather(self._rows(x))
+            if rows is not None:
+                self._sample, self._sample_is_new, self.has_news = rows, True, True
+
+    def _gather(self, rows: Tensor) -> Tensor | None:
+        """Return rows with values of all tensors of a forward once each was seen, else None."""
+        if self.spec.num_tensors == 1:
+            return rows
+        limit = FIT_VALUES[self.spec.role] // self.spec.num_tensors
+        self._gathered.append(condensed(rows, limit))
+        if len(self._gathered) < self.spec.num_tensors:
+            return None
+        joined = torch.cat(self._gathered, dim=1)
+        self._gathered = []
+        return joined
 
     def _fit(self, rows: Tensor) -> None:
         ends = observed_ends(rows, self.spec.scheme)
         if self._bit_width != FLOAT_WIDTH:
             fitted = subsample(rows, FIT_VALUES[self.spec.role])
             ends = least_squares_ends(fitted, ends, self.spec.scheme, self._bit_width)
-        # Only the buffer depends on data: distributed training gives every rank that of the first.
+        # Only the buffer depends on data: distributed training pools it over the ranks.
         self.base.copy_(ends)
-        self.multiplier.fill_(1)
+        self.reset_multiplier()
         self._keep_sample(rows)
         self._set_flags(calibrated=True, refit_due=False)
 
@@ -302,7 +388,7 @@ class Quantizer(nn.Module):
 
     def _keep_sample(self, rows: Tensor) -> None:
         limit = max(SAMPLE_VALUES, SAMPLE_VALUES_PER_RANGE * rows.shape[0])
-        self._sample = subsample(rows, limit).clone()
+        self._sample, self.has_news = subsample(rows, limit).clone(), True
 
     def _grid(self) -> Grid:
         if self._bit_width == FLOAT_WIDTH:
@@ -331,7 +417,7 @@ class Quantizer(nn.Module):
         changed, self._bit_width = bit_width != self._bit_width, bit_width
         if changed:
             # At 32 bits compiled code computes both results: any valid grid serves.
-            bounds = integer_grid(self.spec.scheme, min(bit_width, MAX_INTEGER_WIDTH))
+            bounds = kernel_bounds(self.spec.scheme, min(bit_width, MAX_INTEGER_WIDTH))
             self.quant_min.fill_(bounds[0])
             self.quant_max.fill_(bounds[1])
             self.passthrough.fill_(bit_width == FLOAT_WIDTH)
@@ -343,4 +429,6 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._calibrated, self._refit_due = bool(self.calibrated), bool(self.refit_due)
         self._sample = None
+        self._gathered = []
+        self._sample_is_new = False
         self._follow_gate()

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cgmq_fx.errors import UsageError
-from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH, is_width
+from cgmq_fx.gates import (
+    BINARY_WIDTH,
+    DEFAULT_WIDTHS,
+    FLOAT_WIDTH,
+    PRUNED_WIDTH,
+    WIDTHS_TEXT,
+    is_width,
+)
 
 Role = Literal["weight", "activation", "input"]
 Scheme = Literal["symmetric", "unsigned", "affine"]
@@ -20,9 +27,12 @@ class QuantizerSpec:
             affine: [low, high] around 0, with a zero_point that represents 0.0 exactly.
         channel_axis: the axis along which each index has a range of its own; None: one range.
         num_channels: the size of that axis; 1 where channel_axis is None.
-        widths: the allowed bit-widths, rising: 2 to 16, and 32 for a tensor left in float.
+        widths: the allowed bit-widths, rising: 0 (the tensor is 0), 1 to 16, and 32 for a tensor
+            left in float. A symmetric grid of 1 bit, -r / 2 and r / 2, is for weights alone.
         learned: False where nothing but `Quantizer.set_bit_width` moves the width, as for an image
             whose 8 bits the cost table fixes.
+        num_tensors: how many tensors of one forward it quantizes, one after the other.
+        chosen_by: what messages call the selectors of an override that speaks here; "" for none.
 
     Raises:
         UsageError: fields out of these bounds, all named at once.
@@ -34,6 +44,8 @@ class QuantizerSpec:
     num_channels: int = 1
     widths: tuple[int, ...] = DEFAULT_WIDTHS
     learned: bool = True
+    num_tensors: int = 1
+    chosen_by: str = ""
 
     def __post_init__(self) -> None:
         faults = [*self._option_faults(), *self._width_faults(), *self._channel_faults()]
@@ -52,15 +64,22 @@ class QuantizerSpec:
         wrong = [width for width in self.widths if not is_width(width)]
         if wrong:
             yours = ", ".join(map(repr, wrong))
-            return [f"widths={self.widths!r} has {yours}, use widths from 2 to 16, or 32"]
+            return [f"widths={self.widths!r} has {yours}, use widths from {WIDTHS_TEXT}"]
         if not self.widths:
             return [f"widths=() is empty, allow at least one, such as {DEFAULT_WIDTHS!r}"]
         if list(self.widths) != sorted(set(self.widths)):
             fixed = tuple(sorted(set(self.widths)))
             return [f"widths={self.widths!r} must rise without repeats, use {fixed!r}"]
+        if BINARY_WIDTH in self.widths and self.scheme == "symmetric" and self.role != "weight":
+            return [
+                f"widths={self.widths!r} has {BINARY_WIDTH} on a symmetric grid of an activation, "
+                f"which would not hold 0; take an affine one, or leave {BINARY_WIDTH} out"
+            ]
         return []
 
     def _channel_faults(self) -> list[str]:
+        if self.num_tensors < 1:
+            return [f"num_tensors={self.num_tensors} must be at least 1"]
         if self.num_channels < 1:
             return [f"num_channels={self.num_channels} must be at least 1"]
         if self.channel_axis is None and self.num_channels != 1:
@@ -72,21 +91,35 @@ class QuantizerSpec:
 
 
 def integer_grid(scheme: Scheme, bit_width: int) -> tuple[int, int]:
-    """Return quant_min and quant_max of a scheme at a width from 2 to 16.
+    """Return the least and the greatest code of a scheme at a width from 0 to 16.
 
-    Symmetric grids are narrow, so that 2 bits are ternary and -x is on the grid where x is.
+    Symmetric grids are narrow, so that 2 bits are ternary and -x is on the grid where x is. Of 1
+    bit they have the codes -1 and 1 alone; at 0 bits there is only 0.
 
     Raises:
         UsageError: 32 bits, where there is no grid, or a width that no quantizer has.
 
     >>> integer_grid("symmetric", 2), integer_grid("unsigned", 2), integer_grid("affine", 8)
     ((-1, 1), (0, 3), (0, 255))
+    >>> integer_grid("symmetric", 1), integer_grid("unsigned", 1), integer_grid("affine", 0)
+    ((-1, 1), (0, 1), (0, 0))
     """
     if not is_width(bit_width) or bit_width == FLOAT_WIDTH:
         raise UsageError(
-            f"bit_width={bit_width!r} has no integer grid; grids exist from 2 to 16 bits"
+            f"bit_width={bit_width!r} has no integer grid; grids exist from {PRUNED_WIDTH} to "
+            f"16 bits"
         )
-    if scheme == "symmetric":
-        quant_max = 2 ** (bit_width - 1) - 1
-        return -quant_max, quant_max
-    return 0, 2**bit_width - 1
+    if scheme != "symmetric" or bit_width == PRUNED_WIDTH:
+        return 0, 2**bit_width - 1
+    quant_max = max(2 ** (bit_width - 1) - 1, 1)
+    return -quant_max, quant_max
+
+
+def kernel_bounds(scheme: Scheme, bit_width: int) -> tuple[int, int]:
+    """Return `integer_grid` as `fake_quantize` takes it: (1, 1) says that the codes are -1 and 1.
+
+    Raises:
+        UsageError: as `integer_grid`.
+    """
+    is_binary = scheme == "symmetric" and bit_width == BINARY_WIDTH
+    return (1, 1) if is_binary else integer_grid(scheme, bit_width)

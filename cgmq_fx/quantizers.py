@@ -64,6 +64,13 @@ class QuantizerSet(nn.Module):
         """Return (site, quantizer) pairs, in the order of `names`."""
         return [(site, self[site]) for site in self]
 
+    def probes(self) -> list[nn.Parameter]:
+        """Return the probes of the quantizers, in the order of `names`.
+
+        A guide asks for them at every step: the look-ups of `values` would show in that.
+        """
+        return [part._parameters["probe"] for part in self._modules.values()]  # type: ignore[union-attr, misc]
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
