@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,37 +13,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
+from cgmq_fx.checkpoint import training_run
+from cgmq_fx.checkpoint_file import Place
+from cgmq_fx.epoch import Epoch
 from cgmq_fx.errors import TrainingError, UsageError
+from cgmq_fx.fit_checkpoint import FitCheckpoint, Position, generators_of
 from cgmq_fx.guide import attach, check_prepared
+from cgmq_fx.identity import FIT
 from cgmq_fx.lower import lower
 from cgmq_fx.lowered import LoweredModule
+from cgmq_fx.model_state import as_state_dict, plain_state_dict
 from cgmq_fx.passes.freeze_bit_widths import settle_ranges
 from cgmq_fx.prepared import PreparedModule
+from cgmq_fx.ranks import Ranks
 
 Loss = Callable[[Any, Any], Tensor]
 Metric = Callable[[Any, Any], Tensor | float]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch of guided training came to.
-
-    Attributes:
-        epoch: its number, from 1.
-        train_loss: mean loss over its batches.
-        val_metric: mean metric over the validation samples, higher is better; None without
-            a loader.
-        satisfied: whether every budget was met at its end.
-        totals: the cost of each resource at its end, in its unit.
-        bit_widths: the bit-width of each quantizer at its end.
-    """
-
-    epoch: int
-    train_loss: float
-    val_metric: float | None
-    satisfied: bool
-    totals: dict[str, Fraction]
-    bit_widths: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -88,6 +72,8 @@ def fit(
     patience: int | None = None,
     progress: bool = True,
     callback: Callable[[Epoch], None] | None = None,
+    checkpoint: Place | None = None,
+    every: int | None = None,
 ) -> FitResult:
     """Train `prepared` to its budgets and return the best epoch that met them, lowered.
 
@@ -110,15 +96,19 @@ def fit(
         patience: stop after this many epochs that met the budgets without a better metric.
         progress: show a progress bar.
         callback: called with each epoch's record.
+        checkpoint: a file that is written after each epoch, whole or not at all. Where it is there
+            already, the run that it is of goes on, as if it had not stopped; then the other
+            arguments are those of that run.
+        every: write the checkpoint after so many steps too.
 
     Raises:
         BudgetError: the budgets are infeasible for the shapes of the first batch.
         TrainingError: the loss is not finite; `prepared` is in the best state that met the budgets,
-            if there was one.
-        UsageError: arguments make no sense.
+            if there was one. Or the checkpoint cannot be written or read.
+        UsageError: arguments make no sense, or the checkpoint is of another run.
     """
-    check_prepared(prepared, "fit")
-    _check_run(epochs, patience, train_loader, val_loader)
+    _check_is_alone(prepared)
+    _check_run(epochs, patience, train_loader, val_loader, checkpoint, every)
     if optimizer is None:
         if scheduler is not None:
             raise UsageError(
@@ -133,7 +123,12 @@ def fit(
     guide = attach(prepared, optimizer, direction=direction, total_steps=steps)
     run = _Run(prepared, optimizer, scheduler, loss_fn, metric, patience, callback)
     was_training = prepared.training
+    generators = generators_of(train_loader=train_loader, val_loader=val_loader)
+    parts = training_run("fit", prepared, optimizer, scheduler, guide, generators)
+    also = {f"{FIT}epochs": str(epochs), f"{FIT}batches in an epoch": str(batches)}
+    keeper = FitCheckpoint(checkpoint, every, parts, also, run.state)
     try:
+        run.resume(keeper)
         with _bar(progress) as bar:
             run.train(train_loader, val_loader, epochs, bar)
     except KeyboardInterrupt:
@@ -147,13 +142,30 @@ def fit(
     return FitResult(lower(prepared), tuple(run.history), run.best_epoch, run.interrupted)
 
 
+def _check_is_alone(prepared: PreparedModule) -> None:
+    ranks = Ranks().size
+    if check_prepared(prepared, "fit") is not prepared or ranks > 1:
+        raise UsageError(
+            f"fit calls the prepared model itself, in one process; it got "
+            f"{type(prepared).__name__} in a run of {ranks}. Under DistributedDataParallel, "
+            f"fully_shard or torch.compile use a loop of your own with attach, or a trainer of "
+            f"cgmq_fx.integrations"
+        )
+
+
 def _check_run(
     epochs: int,
     patience: int | None,
     train_loader: Iterable[Any],
     val_loader: Iterable[Any] | None,
+    checkpoint: Place | None,
+    every: int | None,
 ) -> None:
     faults = []
+    if every is not None and (every < 1 or checkpoint is None):
+        faults.append(
+            f"every={every} must be at least 1 and goes with checkpoint=, the file to write"
+        )
     if epochs < 1:
         faults.append(f"epochs={epochs} must be at least 1")
     if patience is not None and patience < 1:
@@ -197,10 +209,31 @@ class _Run:
         self.history: list[Epoch] = []
         self.best_epoch: int | None = None
         self.interrupted = False
+        self.position = Position()
         self._best_metric = -math.inf
         self._best_state: dict[str, Any] | None = None
         first = next(prepared.parameters(), None)
         self._device = torch.device("cpu") if first is None else first.device
+
+    def resume(self, keeper: FitCheckpoint) -> None:
+        """Take up the run of a checkpoint, if there is one; `keeper` goes on writing it."""
+        self.keeper = keeper
+        self.position, saved = keeper.resume()
+        if saved is not None:
+            self.history = [Epoch.from_plain(item) for item in saved["history"]]
+            self.best_epoch, self._best_metric = saved["best_epoch"], saved["best_metric"]
+            best = saved["best_state"]
+            self._best_state = None if best is None else as_state_dict(best)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `resume` needs besides the model and the optimizer, as plain data."""
+        best = self._best_state
+        return {
+            "history": [epoch.to_plain() for epoch in self.history],
+            "best_epoch": self.best_epoch,
+            "best_metric": self._best_metric,
+            "best_state": None if best is None else plain_state_dict(best),
+        }
 
     def train(
         self,
@@ -210,37 +243,42 @@ class _Run:
         bar: Progress | None,
     ) -> None:
         """Run the epochs, or fewer where patience ends."""
-        for number in range(1, epochs + 1):
-            loss = self._train_epoch(train_loader, number, epochs, bar)
+        for number in range(self.position.epoch, epochs + 1):
+            if self._is_patient_no_more():
+                return
+            self.position.epoch = number
+            loss = self._train_epoch(train_loader, epochs, bar)
             metric = None if val_loader is None else self._validate(val_loader)
             self._record(number, loss, metric)
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step(loss)
             elif self.scheduler is not None:
                 self.scheduler.step()
-            if self._is_patient_no_more():
-                return
+            self.position = Position(number + 1)
+            self.keeper.write(self.position)
 
-    def _train_epoch(
-        self, loader: Iterable[Any], number: int, epochs: int, bar: Progress | None
-    ) -> float:
+    def _train_epoch(self, loader: Iterable[Any], epochs: int, bar: Progress | None) -> float:
         self.prepared.train()
-        total, count = 0.0, 0
-        title = f"epoch {number}/{epochs}"
-        task = None if bar is None else bar.add_task(title, total=_length(loader))
-        for batch in loader:
-            total += self._step(batch, number, count)
-            count += 1
+        at = self.position
+        title = f"epoch {at.epoch}/{epochs}"
+        total = _length(loader)
+        task = None if bar is None else bar.add_task(title, total=total, completed=at.batches)
+        for batch in self.keeper.batches(loader, at):
+            at.loss += self._step(batch, at.epoch, at.batches)
+            at.batches += 1
+            self.keeper.after_step(at)
             if bar is not None and task is not None:
-                bar.update(task, advance=1, description=f"{title}  {self._status(total / count)}")
+                status = self._status(at.loss / at.batches)
+                bar.update(task, advance=1, description=f"{title}  {status}")
         if bar is not None and task is not None:
+            bar.refresh()  # an epoch may be over before the bar draws itself
             bar.remove_task(task)
-        if count == 0:
+        if at.batches == 0:
             raise UsageError(
-                f"train_loader gave no batch in epoch {number}; give a DataLoader or a list that "
+                f"train_loader gave no batch in epoch {at.epoch}; give a DataLoader or a list that "
                 f"is not empty and can be iterated every epoch"
             )
-        return total / count
+        return at.loss / at.batches
 
     def _step(self, batch: Any, number: int, position: int) -> float:
         inputs, target = self._unpack(batch)
