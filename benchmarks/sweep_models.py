@@ -1,48 +1,21 @@
-"""Torchvision's models for the sweep: built fast, filled with numbers, with the smallest input."""
+"""Models for the sweeps: built fast, filled with numbers, with the smallest fitting input."""
 
-import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-from sweep_counting import run_fake
 from torch import Tensor, nn
 
-from torchvision_shim import torchvision
+from cgmq_fx.testing.counting import run_fake
 
-_IMAGE_SIZES = (32, 64, 96, 128, 160, 192, 224, 299, 384)
-_VIDEO_SIZES = (32, 64, 112, 224)
-_FRAMES = (2, 4, 8, 16)
 _FAST_ELEMENTS = 50_000
-_LEFT_OUT = (".detection.", ".optical_flow.")
-
-
-def model_names() -> list[str]:
-    """Return every classification, segmentation and video model of torchvision."""
-    names = torchvision.models.list_models()
-    return [name for name in names if not any(part in _module(name) for part in _LEFT_OUT)]
-
-
-def _module(name: str) -> str:
-    return str(torchvision.models.get_model_builder(name).__module__)
-
-
-def build(name: str, seed: int = 0) -> nn.Module:
-    """Return the model with random weights and batch-norm statistics that keep it alive."""
-    builder = torchvision.models.get_model_builder(name)
-    accepted = inspect.signature(builder).parameters
-    options: dict[str, object] = dict.fromkeys({"weights", "weights_backbone"} & {*accepted})
-    with _no_initialisation():
-        model: nn.Module = builder(**options)
-    _fill(model, torch.Generator().manual_seed(seed))
-    return model
 
 
 @contextmanager
-def _no_initialisation() -> Iterator[None]:
-    """Make `torch.nn.init` do nothing: what it would fill is filled afterwards, in one go."""
+def no_initialisation() -> Iterator[None]:
+    """Make `torch.nn.init` do nothing: `fill` gives the numbers afterwards, in one go."""
     with ExitStack() as stack:
         for key in dir(nn.init):
             if key.endswith("_") and not key.startswith("_"):
@@ -52,12 +25,9 @@ def _no_initialisation() -> Iterator[None]:
         yield
 
 
-def _leave(tensor: Tensor, *_: object, **__: object) -> Tensor:
-    return tensor
-
-
 @torch.no_grad()
-def _fill(model: nn.Module, generator: torch.Generator) -> None:
+def fill(model: nn.Module, generator: torch.Generator) -> None:
+    """Give the model random weights, and batch-norm statistics that keep it alive."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             bound = math.sqrt(3 * parameter.shape[0] / parameter.numel())
@@ -76,18 +46,14 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def smallest_input(name: str, model: nn.Module) -> tuple[int, ...]:
+def smallest_shape(model: nn.Module, ladder: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the shape of the smallest sample that the model takes, without the batch axis.
 
-    Small means few elements; sizes and frame counts come from a ladder. The model must take one
-    sample in evaluation and two in training.
+    Small means few elements. The model must take one sample in evaluation and two in training.
 
     Raises:
         ValueError: it takes none of them.
     """
-    ladder: list[tuple[int, ...]] = [(3, size, size) for size in _IMAGE_SIZES]
-    if ".video." in _module(name):
-        ladder = [(3, count, size, size) for count in _FRAMES for size in _VIDEO_SIZES]
     last = "no size was tried"
     for shape in sorted(ladder, key=math.prod):
         try:
@@ -97,7 +63,7 @@ def smallest_input(name: str, model: nn.Module) -> tuple[int, ...]:
             last = f"{shape}: {type(error).__name__}: {error}"
             continue
         return shape
-    raise ValueError(f"{name} takes no input of the ladder; the last answer was {last}")
+    raise ValueError(f"no input of the ladder is taken; the last answer was {last}")
 
 
 def _run(model: nn.Module, images: Tensor) -> None:

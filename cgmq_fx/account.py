@@ -1,6 +1,6 @@
 """Builds the accounting of a prepared graph: analysis, operations bound to quantizers, prices."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -16,16 +16,25 @@ from cgmq_fx.cost.totals import FLOAT_BITS, Resource, SumResource, price, weight
 from cgmq_fx.errors import CostTableError
 from cgmq_fx.passes.annotate_operations import AnnotateOperations, operand_of
 from cgmq_fx.passes.annotate_shapes import AnnotateShapes
-from cgmq_fx.passes.annotate_work import AnnotateWork, first_tensor
+from cgmq_fx.passes.annotate_work import AnnotateWork
+from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.passes.deployed import deployed_nodes
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS
 from cgmq_fx.passes.liveness import live_buffers
-from cgmq_fx.passes.meta import IS_CONSTANT, OP_INFO, PRICES, VALUE, WORK, OpInfo
+from cgmq_fx.passes.meta import (
+    IS_CONSTANT,
+    OP_INFO,
+    PRICES,
+    SKIPPED,
+    VALUE,
+    WORK,
+    Skipped,
+)
+from cgmq_fx.passes.names import first_tensor
 from cgmq_fx.passes.pipeline import Pipeline
 from cgmq_fx.passes.price_operations import PriceOperations
-from cgmq_fx.passes.share_quantizers import is_quantizer
+from cgmq_fx.passes.recurrent import elements_inside, is_recurrent, product_operands
 from cgmq_fx.passes.values import find_attribute
-from cgmq_fx.quantizer_spec import QuantizerSpec
 from cgmq_fx.quantizers import QuantizerSet
 
 #: Name of the built-in resource that counts every parameter once, packed.
@@ -69,9 +78,8 @@ def account_again(
     gm: fx.GraphModule,
     tables: Mapping[str, CostTable],
     limits: Mapping[str, Limit],
-    respec: Callable[[QuantizerSpec], QuantizerSpec],
 ) -> Accounting:
-    """Return what the accounting would be with other prices or other bit-widths to choose from.
+    """Return what the accounting would be with other prices.
 
     Nothing in `gm` changes.
 
@@ -79,26 +87,21 @@ def account_again(
         gm: a graph that `account` has seen.
         tables: cost tables by name, the same names as before.
         limits: bounds by resource name.
-        respec: returns what each quantizer would be.
 
     Raises:
         CgmqError: as `account` does.
     """
-    return _Accountant(gm, respec).account(tables, limits)
+    return _Accountant(gm).account(tables, limits)
 
 
 class _Accountant:
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        respec: Callable[[QuantizerSpec], QuantizerSpec] = lambda spec: spec,
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.deployed = deployed_nodes(gm.graph)
         quantizers = getattr(gm, QUANTIZERS, None)
         self.quantizers = quantizers if isinstance(quantizers, QuantizerSet) else QuantizerSet()
         self.site_index = {name: index for index, name in enumerate(self.quantizers)}
-        self.specs = {name: respec(q.spec) for name, q in self.quantizers.items()}
+        self.specs = {name: quantizer.spec for name, quantizer in self.quantizers.items()}
         self.widths = tuple(
             sorted({width for spec in self.specs.values() for width in spec.widths} | {FLOAT_BITS})
         )
@@ -116,7 +119,7 @@ class _Accountant:
             buffers = live_buffers(self.gm, self.site_index)
             resources[PEAK_ACTIVATION_MEMORY] = PeakMemory(buffers, count, self.widths)
         return Accounting(
-            self._sites(resources, limits),
+            self._sites(resources, tables, limits),
             operations,
             resources,
             {name: self._amount(resources[name], limit) for name, limit in limits.items()},
@@ -133,13 +136,15 @@ class _Accountant:
         if node not in self.deployed:
             return []
         return [
-            (node, BoundOperation(operation, self._sources(node, operation)))
-            for operation in WORK.get(node)
+            (node, BoundOperation(operation, self._sources(node, operation, place)))
+            for place, operation in enumerate(WORK.get(node))
         ]
 
-    def _sources(self, node: fx.Node, operation: Operation) -> tuple[BitSource, ...]:
+    def _sources(self, node: fx.Node, operation: Operation, place: int) -> tuple[BitSource, ...]:
         if operation.operands == "none":
             return ()
+        if is_recurrent(node):
+            return tuple(map(self._source, product_operands(node)[place]))
         read = [self._source(operand_of(node, ref)) for ref in OP_INFO.get(node).refs]
         if operation.op == "attention":
             query, key, value = read
@@ -150,15 +155,18 @@ class _Accountant:
             return read[0], BitSource(bits=FLOAT_BITS)
         return tuple(read)
 
-    def _source(self, tensor: fx.Node) -> BitSource:
-        if is_quantizer(self.gm, tensor):
+    def _source(self, tensor: fx.Node | None) -> BitSource:
+        if tensor is not None and is_quantizer(self.gm, tensor):
             return BitSource(site=self.site_index[str(tensor.target).rpartition(".")[2]])
         return BitSource(bits=FLOAT_BITS)
 
     # -- sites and parameters --------------------------------------------------------------------
 
     def _sites(
-        self, resources: Mapping[str, Resource], limits: Mapping[str, Limit]
+        self,
+        resources: Mapping[str, Resource],
+        tables: Mapping[str, CostTable],
+        limits: Mapping[str, Limit],
     ) -> tuple[Site, ...]:
         elements = self._elements()
         bounding = [resource for name, resource in resources.items() if name in limits]
@@ -168,17 +176,44 @@ class _Accountant:
             choices = set(spec.widths) if spec.learned else {spec.widths[0]}
             allowed = choices.intersection(*(resource.supported[index] for resource in bounding))
             if not allowed:
-                faults.append(f"'{name}' may have {sorted(choices)}")
-            sites.append(
-                Site(name, spec.role, tuple(sorted(allowed)), spec.learned, elements.get(name, 0))
-            )
+                faults.append(self._no_width(name, choices, tables, limits))
+            bits = tuple(sorted(allowed))
+            count = elements.get(name, 0)
+            sites.append(Site(name, spec.role, bits, spec.learned, count, spec.chosen_by))
         if faults:
             names = ", ".join(sorted(limits))
             raise CostTableError(
                 f"no bit-width is allowed for all of the resources {names}: {'; '.join(faults)}; "
-                f"allow more with prepare(widths=...), or add these bit-widths to the tables"
+                f"allow what the tables have, with prepare(widths=...) or in overrides, or add "
+                f"these bit-widths to the tables"
             )
         return tuple(sites)
+
+    def _no_width(
+        self,
+        name: str,
+        choices: set[int],
+        tables: Mapping[str, CostTable],
+        limits: Mapping[str, Limit],
+    ) -> str:
+        """Return the fault of a quantizer, with what each table allows for it."""
+        index, by = self.site_index[name], self.specs[name].chosen_by
+        listed = []
+        for table in (tables[resource] for resource in limits if resource in tables):
+            widths = [
+                allowed
+                for node in self.gm.graph.nodes
+                for _, bound in self._bind(node)
+                for source, allowed in zip(
+                    bound.sources, table.supported_bits(bound.operation), strict=True
+                )
+                if source.site == index and allowed is not None
+            ]
+            if widths:
+                common = sorted(frozenset.intersection(*widths))
+                listed.append(f"table {table.name!r} has {common or 'none in common'}")
+        why = f" by {by}" if by else ""
+        return f"'{name}' may have {sorted(choices)}{why}, {' and '.join(listed)}"
 
     def _elements(self) -> dict[str, int]:
         elements: dict[str, int] = {}
@@ -187,6 +222,8 @@ class _Accountant:
                 value = first_tensor(VALUE.get(node))
                 name = str(node.target).rpartition(".")[2]
                 elements[name] = max(elements.get(name, 0), 0 if value is None else value.numel)
+            elif is_recurrent(node):
+                elements |= elements_inside(node)
         return elements
 
     def _weight_memory(self) -> SumResource:
@@ -235,15 +272,19 @@ class _Accountant:
         return any(
             not IS_CONSTANT.get(user) or self._is_read_in_float(user)
             for user in readers
-            if not is_quantizer(self.gm, user) and VALUE.get(user) is not None
+            if not self._stores(user) and VALUE.get(user) is not None
         )
+
+    def _stores(self, node: fx.Node) -> bool:
+        """Tell whether `node` keeps what it reads as codes; attention reads its mask in float."""
+        return is_quantizer(self.gm, node) and OP_INFO.get(node).op != "attention"
 
     # -- coverage --------------------------------------------------------------------------------
 
     def _entry(
         self, node: fx.Node, bound: BoundOperation, resources: Mapping[str, Resource]
     ) -> LedgerEntry:
-        operation, info = bound.operation, OP_INFO.get(node)
+        operation = bound.operation
         quantized = bool(bound.sources) and all(
             source.site is not None for source in _learnable(bound)
         )
@@ -251,7 +292,7 @@ class _Accountant:
             return LedgerEntry(
                 operation.name, operation.op, operation.macs, "quantized", "", PRICES.get(node)
             )
-        reason = _reason(info, operation, priced=bool(PRICES.get(node)))
+        reason = _reason(node, bound, priced=bool(PRICES.get(node)))
         status: Coverage = "float" if operation.macs or PRICES.get(node) else "free"
         return LedgerEntry(
             operation.name, operation.op, operation.macs, status, reason, PRICES.get(node)
@@ -262,9 +303,22 @@ def _learnable(bound: BoundOperation) -> tuple[BitSource, ...]:
     return bound.sources[:1] if bound.operation.op == "embedding" else bound.sources
 
 
-def _reason(info: OpInfo, operation: Operation, *, priced: bool) -> str:
+def _reason(node: fx.Node, bound: BoundOperation, *, priced: bool) -> str:
+    operation, info = bound.operation, OP_INFO.get(node)
     if not (operation.macs or priced):
         return "no multiply-accumulates, and no table of the call prices it"
-    why = info.reason or f"no bounded table prices '{info.op}' by its bit-widths"
     price = f"priced at {FLOAT_BITS} bits" if priced else "no table of the call prices it"
+    skipped = SKIPPED.find(node)
+    if skipped:
+        return f"{_skipped_text(skipped, bound)}{price}"
+    why = info.reason or f"no bounded table prices '{info.op}' by its bit-widths"
     return f"{why}; {price}"
+
+
+def _skipped_text(skipped: Sequence[Skipped], bound: BoundOperation) -> str:
+    selectors = dict.fromkeys(by for item in skipped for by in item.by)
+    text = "skipped by " + " and ".join(f"skip={by}" for by in selectors) + "; "
+    if all(source.site is None for source in bound.sources):
+        return text
+    names = " and ".join(dict.fromkeys(item.name for item in skipped))
+    return f"{text}of its operands {names} alone, "

@@ -21,6 +21,7 @@ class Site:
         allowed: the bit-widths it may take, rising.
         learned: False where its bit-width is fixed.
         elements: elements of its tensor, for one sample.
+        chosen_by: what messages call the selectors of an override that speaks here; "" for none.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Site:
     allowed: tuple[int, ...]
     learned: bool
     elements: int
+    chosen_by: str = ""
 
 
 @dataclass(frozen=True)

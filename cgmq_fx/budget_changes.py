@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from cgmq_fx.accounting import Accounting
+from cgmq_fx.choices import Choices
 from cgmq_fx.cost.attributes import bit_variables
 from cgmq_fx.cost.grid import Grid, GridEntry
 from cgmq_fx.cost.operation import BoundOperation
@@ -15,12 +16,10 @@ from cgmq_fx.cost.totals import SumResource
 from cgmq_fx.errors import CgmqError
 from cgmq_fx.gates import DEFAULT_WIDTHS
 from cgmq_fx.plan import Settings
-from cgmq_fx.quantizer_spec import QuantizerSpec
 from cgmq_fx.units import format_number
 
-Respec = Callable[[QuantizerSpec], QuantizerSpec]
-#: Returns the accounting at other tables and with other bit-widths to choose from.
-Reprice = Callable[[Mapping[str, CostTable], Respec], Accounting]
+#: Returns the accounting that the network would have with other settings.
+Reprice = Callable[[Settings], Accounting]
 
 #: Rows that are tried, those that make most of the floor first.
 _MAX_ROWS = 3
@@ -71,7 +70,13 @@ def tried_changes(
         reprice: prices the network again.
     """
     trial = _Trial(accounting, settings, reprice)
-    found = [*trial.learned_inputs(), *trial.narrower_widths(), *trial.rows()]
+    found = [
+        *trial.learned_inputs(),
+        *trial.narrower_widths(),
+        *trial.fewer_skips(),
+        *trial.fewer_overrides(),
+        *trial.rows(),
+    ]
     return tuple(sorted(found, key=lambda change: not change.unlocks))
 
 
@@ -84,13 +89,14 @@ class _Trial:
 
     def learned_inputs(self) -> Iterator[Change]:
         """Try to learn the bit-widths of the inputs."""
-        inputs = [site.name for site in self.accounting.sites if not site.learned]
-        if not inputs:
+        inputs = [
+            site.name
+            for site in self.accounting.sites
+            if site.role == "input" and not site.learned and not site.chosen_by
+        ]
+        if not inputs or self.settings.input_bits is None:
             return
-        widths = self.settings.widths
-        changed = self._changed(
-            respec=lambda spec: spec if spec.learned else replace(spec, widths=widths, learned=True)
-        )
+        changed = self._changed(replace(self.settings, input_bits=None))
         names = "the input" if len(inputs) == 1 else "the inputs"
         text = f"learn the bit-width of {names} {_listed(inputs)}: prepare(learn_input_bits=True)"
         yield from self._helpful(text, {"learn_input_bits": True}, changed)
@@ -100,12 +106,8 @@ class _Trial:
         last: list[Change] = []
         for width in self._untried_widths():
             widths = tuple(sorted({width, *self.settings.widths}))
-            changed = self._changed(
-                respec=lambda spec, widths=widths: (  # type: ignore[misc]
-                    replace(spec, widths=widths) if spec.learned else spec
-                )
-            )
-            narrowest = min(site.allowed[0] for site in self.accounting.sites)
+            changed = self._changed(replace(self.settings, widths=widths))
+            narrowest = min(self.settings.widths)
             text = f"allow narrower bit-widths than {narrowest}: prepare(widths={widths})"
             last = list(self._helpful(text, {"widths": widths}, changed)) or last
             if last and last[0].unlocks:
@@ -118,10 +120,45 @@ class _Trial:
         ]
         grids = [row.grid for table in tables for row in table.rows if row.grid is not None]
         listed = {width for grid in grids for axis in (0, 1) for width in grid.widths(axis)}
-        lowest = [site.allowed[0] for site in self.accounting.sites if site.learned]
+        lowest = [
+            site.allowed[0] for site in self.accounting.sites if site.learned and not site.chosen_by
+        ]
         known = {width for width in {*DEFAULT_WIDTHS, *listed} if 2 <= width <= 16}
         fresh = known - set(self.settings.widths)
         return sorted((width for width in fresh if width < max(lowest, default=0)), reverse=True)
+
+    # -- the caller's choices --------------------------------------------------------------------
+
+    def fewer_skips(self) -> Iterator[Change]:
+        """Try not to skip: each selector, and all where no single one is enough."""
+        choices, unlocks = self.settings.choices, False
+        for selector in choices.skip:
+            text = f"do not skip {selector.text}"
+            found = list(self._choosing(text, choices.without_skip(selector), "skip"))
+            unlocks |= any(change.unlocks for change in found)
+            yield from found
+        if len(choices.skip) > 1 and not unlocks:
+            none = replace(choices, skip=())
+            yield from self._choosing("do not skip anything", none, "skip", only_unlocking=True)
+
+    def fewer_overrides(self) -> Iterator[Change]:
+        """Try to drop each override, and all where no single one is enough."""
+        choices, unlocks = self.settings.choices, False
+        for selector, override in choices.overrides:
+            text = f"drop overrides[{selector.text}] ({override})"
+            found = list(self._choosing(text, choices.without_override(selector), "overrides"))
+            unlocks |= any(change.unlocks for change in found)
+            yield from found
+        if len(choices.overrides) > 1 and not unlocks:
+            none = replace(choices, overrides=())
+            yield from self._choosing("drop all overrides", none, "overrides", only_unlocking=True)
+
+    def _choosing(
+        self, text: str, choices: Choices, argument: str, *, only_unlocking: bool = False
+    ) -> Iterator[Change]:
+        given = choices.arguments()[argument]
+        changed = self._changed(replace(self.settings, choices=choices))
+        yield from self._helpful(text, {argument: given}, changed, only_unlocking=only_unlocking)
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -173,20 +210,17 @@ class _Trial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             changed = replace(table, rows=_swapped(table.rows, row, other), strict=False)
-        return self._changed(tables={**self.settings.tables, table.name: changed})
+        tables = {**self.settings.tables, table.name: changed}
+        return self._changed(replace(self.settings, tables=tables))
 
     # -- trying ----------------------------------------------------------------------------------
 
-    def _changed(
-        self,
-        tables: Mapping[str, CostTable] | None = None,
-        respec: Respec = lambda spec: spec,
-    ) -> Accounting | None:
-        """Return the accounting after a change, or None where the change cannot be priced."""
+    def _changed(self, settings: Settings) -> Accounting | None:
+        """Return the accounting after a change, or None where it cannot be prepared or priced."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return self.reprice(self.settings.tables if tables is None else tables, respec)
+                return self.reprice(settings)
             except CgmqError:
                 return None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.fake_quantize import RANGE_MAX, RANGE_MIN, grid_of, span_of, to_steps, widen
-from cgmq_fx.quantizer_spec import Scheme, integer_grid
+from cgmq_fx.quantizer_spec import Scheme, kernel_bounds
 
 # Clipping factors of the least-squares search: halves of octaves down to 1/64, where heavy tails
 # have their optimum at 2 bits, then sixteenths of an octave around the best of them.
@@ -39,6 +39,12 @@ def subsample(rows: Tensor, limit: int) -> Tensor:
     return rows[:, ::stride]
 
 
+def condensed(rows: Tensor, limit: int) -> Tensor:
+    """Return about `limit` values of rows, and the least and the greatest of each; a copy."""
+    extremes = torch.stack(rows.aminmax(dim=1), dim=1)
+    return torch.cat((subsample(rows, limit), extremes), dim=1)
+
+
 def observed_ends(rows: Tensor, scheme: Scheme) -> Tensor:
     """Return the ends that just hold every value, 0 included; NaN or infinite where a value is.
 
@@ -56,10 +62,15 @@ def observed_ends(rows: Tensor, scheme: Scheme) -> Tensor:
 
 
 def squared_error(rows: Tensor, ends: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Return the sum over each row of the squared rounding and clipping error."""
+    """Return the sum over each row of the squared rounding and clipping error.
+
+    The bounds are those of `kernel_bounds`.
+    """
     bounds = rows.new_tensor([quant_min, quant_max])
     grid = grid_of(ends, bounds[0], bounds[1]).along(0, 2)
-    return to_steps(rows, grid).mul_(grid.scale).sub_(rows).square_().sum(1)
+    return (
+        to_steps(rows, grid, is_binary=quant_min > 0).mul_(grid.scale).sub_(rows).square_().sum(1)
+    )
 
 
 def least_squares_ends(rows: Tensor, ends: Tensor, scheme: Scheme, bit_width: int) -> Tensor:
@@ -68,7 +79,7 @@ def least_squares_ends(rows: Tensor, ends: Tensor, scheme: Scheme, bit_width: in
     Tries clipping factors of both ends together and, where the ends are two, of each alone. Never
     worse on these rows than `ends`.
     """
-    quant_min, quant_max = integer_grid(scheme, bit_width)
+    quant_min, quant_max = kernel_bounds(scheme, bit_width)
     # In units of a power of two near the span, so that squares neither overflow nor vanish.
     unit = torch.exp2(span_of(ends).clamp(min=RANGE_MIN).log2().ceil())
     scaled, best = rows / unit.unsqueeze(1), ends / unit

@@ -1,4 +1,4 @@
-"""The command ``cgmq-fx``: try the library out, work with cost tables."""
+"""The command ``cgmq-fx``: try the library out, work with cost tables, verify files."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cgmq_fx.cli_tables import add_tables
+from cgmq_fx.cli_verify import add_verify
 from cgmq_fx.errors import CgmqError
 
 # What a command needs is imported when it runs: torch alone takes longer than --help should.
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_demo(commands)
     add_tables(commands)
+    add_verify(commands)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The commands ``cgmq-fx tables ...``: list, show, check and compare cost tables, price a model."""
+"""The commands ``cgmq-fx tables ...``: list, show, check, compare and make cost tables, price."""
 
 import argparse
 import json
@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cgmq_fx.cli_arguments import MODEL_HELP, add_input_shapes, width
+from cgmq_fx.cli_measure import add_import, add_measure
 from cgmq_fx.errors import CgmqError, CostTableError
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ _TABLE_HELP = "the name of a table, or a .toml or .json file"
 def add_tables(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``tables`` and all its actions to the commands."""
     tables = commands.add_parser(
-        "tables", help="list, show, check and compare cost tables; price a model"
+        "tables", help="list, show, check, compare, measure and import cost tables; price a model"
     )
     actions = tables.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="list the cost tables that can be named")
@@ -48,6 +50,8 @@ def add_tables(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         diff.add_argument(name, metavar=name.upper(), help=_TABLE_HELP)
     diff.set_defaults(run=_diff)
     _add_price(actions)
+    add_measure(actions)
+    add_import(actions)
 
 
 def _add_price(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -59,26 +63,12 @@ def _add_price(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         epilog="example: cgmq-fx tables price torchvision.models:resnet18 --table bops "
         "--input-shape 1,3,224,224 --weights 4 --bits conv1_weight=8",
     )
-    price.add_argument(
-        "model",
-        metavar="MODEL",
-        help="module:callable, which returns an nn.Module, or module:attribute, which is one; it "
-        "is imported, so give only code that you trust",
-    )
+    price.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     price.add_argument("--table", required=True, metavar="TABLE", help=_TABLE_HELP)
-    price.add_argument(
-        "--input-shape",
-        required=True,
-        action="append",
-        type=_shape,
-        dest="shapes",
-        metavar="SHAPE",
-        help="shape of an input, with the batch first, such as 1,3,32,32 or, for indices, "
-        "int64:1,16; once for each input",
-    )
+    add_input_shapes(price)
     for name, what in (("--weights", "weights"), ("--activations", "activations")):
         price.add_argument(
-            name, type=_width, default=8, metavar="BITS", help=f"bit-width of all {what} (8)"
+            name, type=width, default=8, metavar="BITS", help=f"bit-width of all {what} (8)"
         )
     price.add_argument(
         "--bits",
@@ -98,25 +88,11 @@ def _add_price(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    kind, _, sizes = text.rpartition(":")
-    parts = [part.strip() for part in sizes.split(",")]
-    if kind not in ("", "float32", "int64") or not all(p.isdecimal() and int(p) for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 1,3,32,32 or int64:1,16")
-    return kind or "float32", tuple(int(part) for part in parts)
-
-
-def _width(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()) or int(text) not in (*range(2, 17), 32):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a bit-width from 2 to 16, or 32")
-    return int(text)
-
-
 def _site_bits(text: str) -> tuple[str, int]:
     site, equals, bits = text.rpartition("=")
     if not site or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not SITE=BITS, such as conv1_weight=4")
-    return site, _width(bits)
+    return site, width(bits)
 
 
 # -- actions ---------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cgmq_fx.demo_data import Digits, load_digits
 from cgmq_fx.demo_output import Phase, make_folder, print_comparison, print_task, write_results
-from cgmq_fx.fit import Epoch, FitResult, accuracy, fit
+from cgmq_fx.epoch import Epoch
+from cgmq_fx.fit import FitResult, accuracy, fit
 from cgmq_fx.prepare import prepare
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.report import Report, report

@@ -59,5 +59,9 @@ class UsageError(CgmqError, ValueError):
     """A function was called with arguments, or at a moment, that make no sense."""
 
 
+class FileFormatError(CgmqError, ValueError):
+    """A file of a model cannot be read, is damaged, or says what its own content contradicts."""
+
+
 class PassError(CgmqError):
     """A graph pass broke its contract; the message is for the author of the pass."""

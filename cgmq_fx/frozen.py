@@ -10,8 +10,12 @@ from torch import Tensor, nn
 
 from cgmq_fx.attention import attention_weights, weighted_values
 from cgmq_fx.errors import UsageError
-from cgmq_fx.fake_quantize import Grid, to_steps, widen
+from cgmq_fx.fake_quantize import RANGE_MIN, Grid, to_steps, widen
+from cgmq_fx.gates import BINARY_WIDTH
+from cgmq_fx.packed_codes import pack_codes, unpack_codes
 from cgmq_fx.quantizers import QParams
+
+_SAME_WIDTHS = "load the state of a module that was lowered to the same bit-widths"
 
 
 class FrozenModule(nn.Module):
@@ -20,7 +24,7 @@ class FrozenModule(nn.Module):
     Attributes:
         site: the name that the quantizer had.
         role: ``weight``, ``activation`` or ``input``.
-        bit_width: bits of each of its codes, 2 to 16.
+        bit_width: bits of each of its codes, 0 to 16.
         quant_min: smallest code.
         quant_max: largest code.
     """
@@ -34,6 +38,11 @@ class FrozenModule(nn.Module):
         self.quant_min, self.quant_max = qparams.quant_min, qparams.quant_max
         self.register_buffer("scale", qparams.scale.detach().clone())
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether the codes are -1 and 1 alone."""
+        return self.bit_width == BINARY_WIDTH and self.quant_min < 0
+
     def extra_repr(self) -> str:
         """Return site, role and width for the printed module."""
         return f"{self.site}, {self.role}, bit_width={self.bit_width}"
@@ -42,18 +51,27 @@ class FrozenModule(nn.Module):
 class FrozenWeight(FrozenModule):
     """A weight stored as integer codes; called without arguments it returns the real values.
 
-    Its value is ``codes * scale``, in `dtype`: zero_point is 0.
+    Its value is ``(codes - zero_point) * scale``, in `dtype`; a zero_point of 0 is not stored.
 
     Args:
         site: the name that its quantizer had.
-        qparams: the grid, with zero_point 0.
-        codes: integers of any type on that grid; stored in the narrowest type that holds it.
+        qparams: the grid.
+        codes: integers of any type on that grid.
         channel_axis: the axis of the codes that scale runs along where it has shape (channels,).
             None: scale has shape () or broadcasts with the codes.
         dtype: of the value.
+
+    Attributes:
+        packed: the codes at their true width, uint8 of shape ``(ceil(elements * bits / 8),)``, as
+            `cgmq_fx.packing` lays them out.
+        shape: of the codes, and of the value.
+
+    Raises:
+        UsageError: codes do not lie on the grid.
     """
 
-    codes: Tensor
+    packed: Tensor
+    zero_point: Tensor | None
 
     def __init__(
         self,
@@ -64,35 +82,88 @@ class FrozenWeight(FrozenModule):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(site, "weight", qparams)
-        self.channel_axis, self.dtype = channel_axis, dtype
-        self.register_buffer("codes", codes.to(_storage_type(qparams)))
-        self._check(self.codes)
+        self.channel_axis, self.dtype, self.shape = channel_axis, dtype, codes.shape
+        self.register_buffer("packed", self._pack(codes))
+        self.register_buffer("zero_point", self._zero_point(qparams))
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes, in the narrowest of int8, int16 and int32 that holds them."""
+        return self._unpack(self.packed)
+
+    @codes.setter
+    def codes(self, codes: Tensor) -> None:
+        self.packed.copy_(self._pack(codes))
+
+    def steps(self) -> Tensor:
+        """Return ``codes - zero_point``, integers in the float type that values are computed in."""
+        steps = self.codes.to(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        return steps if self.zero_point is None else steps - self.zero_point
 
     def forward(self) -> Tensor:
         """Return the weight."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return (self.codes.to(wide) * self.broadcast_scale()).to(self.dtype)
+        return (self.steps() * self.broadcast_scale()).to(self.dtype)
+
+    def _zero_point(self, qparams: QParams) -> Tensor | None:
+        """Return zero_point in a shape that broadcasts with the codes; None where it is 0."""
+        if not int(qparams.zero_point.count_nonzero()):
+            return None
+        return self._broadcast(qparams.zero_point.detach().clone())
 
     def broadcast_scale(self) -> Tensor:
         """Return the scale in a shape that broadcasts with the codes."""
+        return self._broadcast(self.scale)
+
+    def _broadcast(self, per_channel: Tensor) -> Tensor:
         if self.channel_axis is None:
-            return self.scale
-        shape = [1] * self.codes.ndim
+            return per_channel
+        shape = [1] * len(self.shape)
         shape[self.channel_axis] = -1
-        return self.scale.view(shape)
+        return per_channel.view(shape)
 
     @torch.no_grad()
     def rescale(self, factor: Tensor, axis: int) -> None:
-        """Multiply the value by `factor`; the codes stay.
+        """Multiply the value by `factor`; every scale stays positive.
+
+        The codes stay where `factor` is positive. Where it is negative they are mirrored on their
+        grid, with zero_point, which negates the value exactly. Where the new scale is 0 in its type
+        the codes become zero_point, and the old scale stays; a binary grid, without 0, gets a scale
+        that vanishes beside any other.
 
         Args:
             factor: float64, with as many axes as the codes, broadcasts with them.
             axis: the scale gets shape (channels,) along this axis where it varies along no other.
         """
-        scale = (self.broadcast_scale().to(factor) * factor).to(self.scale)
-        one_axis = scale.numel() == scale.shape[axis] == self.codes.shape[axis]
+        old = self.broadcast_scale()
+        scale = (old.to(factor) * factor).to(old)
+        self._mirror(scale < 0)
+        if self.is_binary:
+            scale = torch.where(scale == 0, RANGE_MIN, scale)
+        elif bool((scale == 0).any()):
+            zero = 0 if self.zero_point is None else self.zero_point
+            self.codes = torch.where(scale == 0, zero, self.codes)
+        scale = torch.where(scale == 0, old, scale.abs())
+        one_axis = scale.numel() == scale.shape[axis] == self.shape[axis]
         self.scale = scale.reshape(-1) if one_axis else scale
         self.channel_axis = axis if one_axis else None
+
+    def _mirror(self, where: Tensor) -> None:
+        """Negate the value in the places of a mask that broadcasts with the codes."""
+        if not bool(where.any()):
+            return
+        ends = self.quant_min + self.quant_max
+        zero = torch.zeros((), dtype=torch.int32, device=where.device)
+        zero = zero if self.zero_point is None else self.zero_point
+        zero = torch.where(where, ends - zero, zero)
+        self.codes = torch.where(where, ends - self.codes, self.codes)
+        self.zero_point = zero if int(zero.count_nonzero()) else None
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        self._check(codes)
+        return pack_codes(codes, self.bit_width, signed=self.quant_min < 0)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return unpack_codes(packed, self.bit_width, self.shape, signed=self.quant_min < 0)
 
     def _check(self, codes: Tensor) -> None:
         if codes.numel() == 0:
@@ -101,25 +172,30 @@ class FrozenWeight(FrozenModule):
         if low < self.quant_min or high > self.quant_max:
             raise UsageError(
                 f"frozen weight {self.site!r}: codes from {low} to {high} do not fit its "
-                f"{self.bit_width} bits, which hold {self.quant_min} to {self.quant_max}; load the "
-                f"state of a module that was lowered to the same bit-widths"
+                f"{self.bit_width} bits, which hold {self.quant_min} to {self.quant_max}; "
+                f"{_SAME_WIDTHS}"
             )
+
+    def get_extra_state(self) -> Tensor:
+        """Return the bit-width, without which packed codes say nothing."""
+        return torch.tensor(self.bit_width)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: that the bit-width is the module's was checked before anything was loaded."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        loaded = state_dict.get(f"{prefix}codes")
-        if loaded is not None:
-            self._check(loaded)
+        bit_width = int(state_dict.get(f"{prefix}_extra_state", self.bit_width))
+        if bit_width != self.bit_width:
+            raise UsageError(
+                f"frozen weight {self.site!r}: codes of {bit_width} bits are not loaded where it "
+                f"has {self.bit_width}; {_SAME_WIDTHS}"
+            )
+        loaded = state_dict.get(f"{prefix}packed")
+        if loaded is not None and loaded.shape == self.packed.shape:
+            self._check(self._unpack(loaded))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _storage_type(qparams: QParams) -> torch.dtype:
-    for dtype in (torch.int8, torch.int16):
-        limits = torch.iinfo(dtype)
-        if limits.min <= qparams.quant_min and qparams.quant_max <= limits.max:
-            return dtype
-    return torch.int32
 
 
 class FrozenQuantizer(FrozenModule):
@@ -141,15 +217,32 @@ class FrozenQuantizer(FrozenModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x on the grid, in its own dtype; integers, bools and empty tensors unchanged."""
-        if not x.is_floating_point() or x.numel() == 0:
+        if not self.rounds(x):
             return x
-        return self._fake_quantize(x)
+        return self.steps(x).mul_(self.broadcast_scale(x.ndim)).to(x.dtype)
 
-    def _fake_quantize(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def rounds(x: Tensor) -> bool:
+        """Tell whether `forward` puts x on the grid."""
+        return x.is_floating_point() and x.numel() > 0
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Return ``codes - zero_point`` of x, integers in the float type that it computes in."""
         zero_point = self.zero_point.to(self.scale.dtype)
         low, high = self.quant_min - zero_point, self.quant_max - zero_point
-        grid = Grid(self.scale, zero_point, low, high).along(self.channel_axis, x.ndim)
-        return to_steps(widen(x), grid).mul_(grid.scale).to(x.dtype)
+        grid = Grid(self.scale, zero_point, low, high)
+        if self.is_binary:  # the ends of its range, of which nothing but the signs matters here
+            grid = Grid(self.scale, zero_point, 2 * low, 2 * high)
+        inner = grid.along(self.channel_axis, x.ndim)
+        return to_steps(widen(x), inner, is_binary=self.is_binary)
+
+    def broadcast_scale(self, ndim: int) -> Tensor:
+        """Return the scale in a shape that broadcasts with tensors of so many dimensions."""
+        if self.channel_axis is None:
+            return self.scale
+        shape = [1] * ndim
+        shape[self.channel_axis] = -1
+        return self.scale.view(shape)
 
 
 class FrozenAttention(FrozenQuantizer):

@@ -16,14 +16,18 @@ from cgmq_fx.errors import UsageError
 DEFAULT_WIDTHS = (2, 4, 8, 16, 32)
 FLOAT_WIDTH = 32
 """The width at which nothing is quantized: a tensor passes through bit for bit."""
-MIN_WIDTH, MAX_INTEGER_WIDTH = 2, 16
+PRUNED_WIDTH = 0
+"""The width at which a tensor is 0 everywhere: it stores nothing, and nothing computes with it."""
+BINARY_WIDTH = 1
+MAX_INTEGER_WIDTH = 16
+WIDTHS_TEXT = "0 to 16, or 32"
 
 
 def is_width(bit_width: object) -> bool:
-    """Return whether `bit_width` is one that a quantizer can have: 2 to 16, or 32."""
+    """Return whether `bit_width` is one that a quantizer can have: 0 to 16, or 32."""
     if not isinstance(bit_width, int) or isinstance(bit_width, bool):
         return False
-    return MIN_WIDTH <= bit_width <= MAX_INTEGER_WIDTH or bit_width == FLOAT_WIDTH
+    return PRUNED_WIDTH <= bit_width <= MAX_INTEGER_WIDTH or bit_width == FLOAT_WIDTH
 
 
 def bit_width_of(gate: float, widths: tuple[int, ...] = DEFAULT_WIDTHS) -> int:

@@ -9,14 +9,15 @@ from cgmq_fx.accounting import Accounting
 from cgmq_fx.allocate import lower_to_budget
 from cgmq_fx.errors import BudgetError, TrainingError, UsageError
 from cgmq_fx.lowered import LoweredModule
+from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.passes.fold_batch_norm import FoldBatchNorm
 from cgmq_fx.passes.freeze_bit_widths import FreezeBitWidths, reads_floats, settle_ranges
 from cgmq_fx.passes.pipeline import Pipeline
-from cgmq_fx.passes.share_quantizers import is_quantizer
 from cgmq_fx.passes.specialize_evaluation import SpecializeEvaluation
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.quantizers import Quantizer
 from cgmq_fx.units import format_amount
+from cgmq_fx.wrapped import check_sharding, gathered, unwrapped
 
 PASSES = (SpecializeEvaluation(), FreezeBitWidths(), FoldBatchNorm())
 
@@ -29,7 +30,9 @@ def lower(prepared: PreparedModule, *, allow_untrained: bool = False) -> Lowered
     loss needs least are lowered first. `prepared` stays as it is and can be trained on.
 
     Args:
-        prepared: what `cgmq_fx.prepare` returned, trained under a guide.
+        prepared: what `cgmq_fx.prepare` returned, trained under a guide, also where
+            `DistributedDataParallel` or `torch.compile` wraps it. After ``fully_shard(prepared)``
+            every rank has to call `lower`, and each gets the whole module.
         allow_untrained: lower a model that was never trained under a guide.
 
     Raises:
@@ -37,9 +40,9 @@ def lower(prepared: PreparedModule, *, allow_untrained: bool = False) -> Lowered
         TrainingError: it was not trained, or has not seen a batch since it was made or loaded.
         UsageError: `prepared` is not a prepared model.
     """
-    _check_is_prepared(prepared)
+    prepared = _prepared(prepared)
     accounting = prepared.plan.accounting
-    twin = copy.deepcopy(prepared).eval()
+    twin = copy.deepcopy(gathered(prepared)).eval()
     settle_ranges(twin)
     name = type(prepared).__name__
     _check_is_trained(twin, name, allow_untrained)
@@ -55,22 +58,18 @@ def lower(prepared: PreparedModule, *, allow_untrained: bool = False) -> Lowered
     return fixed
 
 
-def _check_is_prepared(prepared: object) -> None:
-    name = type(prepared).__name__
-    if isinstance(prepared, LoweredModule):
+def _prepared(given: object) -> PreparedModule:
+    name = type(given).__name__
+    if isinstance(given, LoweredModule):
         raise UsageError(
-            f"{name} is lowered already, to {prepared.bit_widths}; use it as it is, or give lower "
+            f"{name} is lowered already, to {given.bit_widths}; use it as it is, or give lower "
             f"the prepared model that it was made from"
         )
+    prepared = unwrapped(given)
     if isinstance(prepared, PreparedModule):
-        return
-    inner = getattr(prepared, "module", getattr(prepared, "_orig_mod", None))
-    if isinstance(inner, PreparedModule):
-        raise UsageError(
-            f"{name} wraps a prepared model; give lower the model inside, such as model.module of "
-            f"DistributedDataParallel or model._orig_mod of torch.compile"
-        )
-    kind = "a float model" if isinstance(prepared, nn.Module) else "not a model"
+        check_sharding(prepared, "lower")
+        return prepared
+    kind = "a float model" if isinstance(given, nn.Module) else "not a model"
     raise UsageError(
         f"lower got {name}, {kind}; it takes what cgmq_fx.prepare(model, budget) returned"
     )

@@ -1,8 +1,9 @@
 """The graph module that `lower` returns."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
@@ -10,6 +11,8 @@ from torch import fx, nn
 from cgmq_fx.errors import UsageError
 from cgmq_fx.frozen import FrozenModule
 from cgmq_fx.gates import FLOAT_WIDTH
+from cgmq_fx.integer_products import Kernels
+from cgmq_fx.integer_reference import AccumulatorRecorder, IntegerInterpreter
 from cgmq_fx.plan import Plan
 from cgmq_fx.prepared import PLAN
 
@@ -58,6 +61,45 @@ class LoweredModule(fx.GraphModule):
             if isinstance(module, FrozenModule):
                 found[module.site] = max(module.bit_width, found.get(module.site, 0))
         return widths | found
+
+    def integer_reference(
+        self,
+        *args: Any,
+        kernels: Kernels = "int64",
+        accumulators: bool = False,
+        integer_bias: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the module returns, with its products computed on integer codes, exactly.
+
+        An operation whose two factors have codes (convolutions, linear layers, matrix products,
+        both products of attention, those of recurrent layers) sums products of integers. What
+        follows the sum is computed in float64 and rounded once; what has no codes is computed as
+        the module does. ``docs/integer-reference.md`` says how far the two can be apart.
+
+        Args:
+            args: of the call, as of the module itself; by position those that are called as an
+                option here is.
+            kernels: ``int64``: integer arithmetic, on the CPU. ``float``: the same integers in
+                float32 where no partial sum can pass 2**24, else in float64; faster, on any device.
+                Both give the same numbers, bit for bit.
+            accumulators: return them too.
+            integer_bias: add biases as integers on the grid of the sums, as integer-only runtimes
+                do; a result moves by half a unit of that grid at most.
+            kwargs: of the call.
+
+        Returns:
+            The outputs. With `accumulators`: a pair of these and, by the name of the operation in
+            the report, the int64 sums before bias and scale. What an operation computes in several
+            steps, as a recurrent layer does, is stacked along a new first axis.
+        """
+        given = inspect.signature(self.forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        kind = AccumulatorRecorder if accumulators else IntegerInterpreter
+        run = kind(self, kernels, integer_bias=integer_bias)
+        with torch.no_grad():
+            outputs = run.run(*given.args)
+        return (outputs, run.accumulators) if isinstance(run, AccumulatorRecorder) else outputs
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         fixed = {

@@ -1,7 +1,7 @@
 """What a prepared graph remembers: budget, cost tables, and the accounting once it is known."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from cgmq_fx.accounting import Accounting
 from cgmq_fx.budget import Budget, Limit
+from cgmq_fx.choices import Choices
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.errors import TrainingError
 
@@ -25,6 +26,8 @@ class Settings:
         input_bits: bit-width of what arrives from outside; None where it is learned.
         per_channel: weights have a range for each output channel.
         batch_axis: the axis of the inputs that counts samples; None: costs are of the whole input.
+        choices: what stays float, what differs and what shares a quantizer.
+        front_end: what recorded the graph, ``"fx"`` or ``"export"``.
     """
 
     budget: Budget
@@ -34,6 +37,8 @@ class Settings:
     input_bits: int | None
     per_channel: bool
     batch_axis: int | None
+    choices: Choices = field(default_factory=Choices)
+    front_end: str = "fx"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Settings":
         return self
@@ -45,6 +50,8 @@ class Plan(nn.Module):
     Attributes:
         settings: the arguments of `prepare`.
         steps: optimizer steps taken under a guide; a buffer, shape ().
+        inputs: the forms of the inputs that it was priced for, as `cgmq_fx.input_shapes.describe`
+            returns them; None where they cannot be described or no shapes are known.
         statistics: what the guide knows of each site's gradient, a running mean over steps of its
             mean and of its sum of squares; a buffer, shape ``(sites, 2)``.
     """
@@ -56,6 +63,7 @@ class Plan(nn.Module):
         super().__init__()
         self.settings = settings
         self._accounting: Accounting | None = None
+        self.inputs: list[Any] | None = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("statistics", torch.zeros(num_sites, 2, dtype=torch.float64))
 
@@ -81,6 +89,10 @@ class Plan(nn.Module):
     @accounting.setter
     def accounting(self, accounting: Accounting) -> None:
         self._accounting = accounting
+
+    def forget_accounting(self) -> None:
+        """Know no shapes and costs, as before the first batch."""
+        self._accounting = self.inputs = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A float checkpoint knows nothing of the plan.

@@ -1,48 +1,41 @@
 """`prepare`: a float model and a budget in, a trainable quantized graph out."""
 
-import copy
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from cgmq_fx.account import BUILT_IN, WEIGHT_MEMORY
+from cgmq_fx.account import BUILT_IN
 from cgmq_fx.budget import Budget
-from cgmq_fx.cost.find import builtin_names, table_names
+from cgmq_fx.choices import Overrides, Skip, read_choices
+from cgmq_fx.collector import without_collector
+from cgmq_fx.cost.find import builtin_names, plugin_names
 from cgmq_fx.cost.load import get_table, load_table
-from cgmq_fx.cost.operation import OP_CLASSES
-from cgmq_fx.cost.peak_memory import PEAK_ACTIVATION_MEMORY
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.errors import UnsupportedModelError, UsageError
+from cgmq_fx.front_end import record
 from cgmq_fx.gates import DEFAULT_WIDTHS, FLOAT_WIDTH, is_width
-from cgmq_fx.passes.annotate_nonnegative import AnnotateNonnegative
-from cgmq_fx.passes.annotate_operations import AnnotateOperations
-from cgmq_fx.passes.annotate_shapes import AnnotateShapes
-from cgmq_fx.passes.base import GraphPass
+from cgmq_fx.passes.concrete_args import bind_with, checked_concrete
 from cgmq_fx.passes.freeze_bit_widths import FROZEN
-from cgmq_fx.passes.functionalize import Functionalize
-from cgmq_fx.passes.insert_quantizers import QUANTIZERS, InsertQuantizers
+from cgmq_fx.passes.insert_quantizers import QUANTIZERS
+from cgmq_fx.passes.lazy_layers import copy_model, initialize_lazy
+from cgmq_fx.passes.leaf_modules import ModuleSelector, match
 from cgmq_fx.passes.pipeline import Pipeline
-from cgmq_fx.passes.share_quantizers import ShareQuantizers
-from cgmq_fx.passes.trace import trace
+from cgmq_fx.passes.trace_options import TraceOptions
 from cgmq_fx.plan import Plan, Settings
 from cgmq_fx.prepared import PLAN, PreparedModule, is_prepared, one_sample
+from cgmq_fx.quantize_graph import quantizing_passes
 from cgmq_fx.quantizers import QuantizerSet
 
 Table = str | os.PathLike[str] | Mapping[str, Any] | CostTable
 
-# Operations whose weights a bound on memory makes worth quantizing.
-_WEIGHT_OPS = frozenset(op for op in OP_CLASSES if op.startswith("conv")) | {
-    "linear",
-    "embedding",
-    "matmul",
-}
 
-
+@without_collector
 def prepare(
     model: nn.Module,
     budget: object,
@@ -53,6 +46,12 @@ def prepare(
     learn_input_bits: bool = False,
     per_channel: bool = True,
     batch_axis: int | None = 0,
+    skip: Skip = (),
+    overrides: Overrides | None = None,
+    share: Sequence[str] | None = None,
+    front_end: str = "auto",
+    leaf_modules: ModuleSelector | Sequence[ModuleSelector] = (),
+    concrete_args: Mapping[str, Any] | None = None,
 ) -> PreparedModule:
     """Return a copy of `model` whose weights and activations have learnable bit-widths.
 
@@ -68,12 +67,26 @@ def prepare(
             shapes come from the first batch, and branches on shapes cannot be traced.
         cost_table: the prices: the name of a built-in table, a path, a `CostTable`, or several of
             these; by default bit-operations.
-        widths: the bit-widths that learned quantizers may take, 2 to 16 and 32.
+        widths: the bit-widths that learned quantizers may take, 1 to 16, 32 (float), and 0
+            (pruned: the tensor is 0, and what reads it costs nothing).
         learn_input_bits: learn the bit-width of the inputs too. Otherwise they arrive with the cost
             table's ``input_bits`` and are quantized to that.
         per_channel: give weights a range for each output channel, not one for the whole tensor.
         batch_axis: the axis of the inputs that counts samples; costs are for one sample. None:
             costs are for the inputs as they are.
+        skip: what stays float: a selector or several. A selector is the name of an operation, a
+            layer, a quantizer or a weight, or a glob of these (a layer stands for all below it); a
+            type of layer; or a function of a `cgmq_fx.selectors.Operand` to True or False.
+        overrides: by selector how its quantizers differ: an `Override`, or a mapping with its keys.
+        share: operation classes, "add", "sub" or "cat", whose quantized operands have one
+            quantizer. None: those that the cost tables name.
+        front_end: what records the graph: ``"fx"`` (symbolic tracing), ``"export"``
+            (`torch.export`, needs `example_inputs`), or ``"auto"``: export where tracing fails.
+            ``prepared.plan.settings.front_end`` says which one did.
+        leaf_modules: submodules that are not traced into: each runs as it is, in float, and its
+            work is priced at 32 bits. Paths or globs, classes, or functions of a module.
+        concrete_args: arguments of the model's forward that are no tensors, by name, and the values
+            that they will always have; the model is traced for these, and refuses others.
 
     Raises:
         BudgetError: the budget is malformed, or infeasible for the shapes of `example_inputs`.
@@ -82,10 +95,17 @@ def prepare(
         UsageError: another argument makes no sense.
     """
     settings = _settings(budget, cost_table, widths, learn_input_bits, per_channel, batch_axis)
-    twin = _copy(model)
-    inputs = None if example_inputs is None else _bound_inputs(twin, example_inputs)
-    gm = trace(twin, inputs, batch_axis, reserved=(QUANTIZERS, FROZEN, PLAN))
-    Pipeline(_passes(settings, inputs)).run(gm)
+    settings = replace(settings, choices=read_choices(skip, overrides, share))
+    fixed = checked_concrete(model, concrete_args)
+    twin = _copy(model, is_lazy_allowed=example_inputs is not None)
+    inputs = None if example_inputs is None else _bound_inputs(twin, example_inputs, fixed)
+    if inputs is not None:
+        initialize_lazy(twin, inputs)
+    options = TraceOptions(match(twin, leaf_modules, "leaf_modules"), fixed)
+    reserved = (QUANTIZERS, FROZEN, PLAN)
+    gm, settings = record(twin, inputs, settings, front_end, reserved, options)
+    sample = None if inputs is None else one_sample(inputs, settings.batch_axis)
+    Pipeline(quantizing_passes(settings, sample, inputs)).run(gm)
     if not hasattr(gm, QUANTIZERS):
         gm.add_module(QUANTIZERS, QuantizerSet())
     num_sites = sum(1 for _ in gm.get_submodule(QUANTIZERS).children())
@@ -107,9 +127,12 @@ def _settings(
 ) -> Settings:
     parsed = Budget.parse(budget)
     tables = _tables(cost_table)
-    # A package's table is loaded only where it is named, so that a broken one harms nobody else.
-    named = [name for name in table_names() if name in builtin_names() or name in dict(parsed)]
-    units = {name: get_table(name).unit for name in named}
+    # Packages are searched for a table only where it is named: that takes longer than tracing a
+    # small model, and a broken one harms nobody else.
+    known = {*builtin_names(), *BUILT_IN, *tables}
+    unknown = [name for name in dict(parsed) if name is not None and name not in known]
+    named = set(unknown).intersection(plugin_names()) if unknown else set()
+    units = {name: get_table(name).unit for name in (*builtin_names(), *named)}
     units |= {**BUILT_IN} | {name: table.unit for name, table in tables.items()}
     limits = parsed.resolve(units, default=next(iter(tables)), given=tables)
     for name in limits:
@@ -143,13 +166,13 @@ def _checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
     if wrong or not widths:
         raise UsageError(
             f"widths={tuple(widths)!r} {f'has {wrong}' if wrong else 'is empty'}; give bit-widths "
-            f"from 2 to 16, or 32, such as {DEFAULT_WIDTHS}"
+            f"from 0 to 16, or 32, such as {DEFAULT_WIDTHS}"
         )
     # 32 bits is where training starts; where the hardware has no such width, pricing removes it.
     return tuple(sorted({*widths, FLOAT_WIDTH}))
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module, *, is_lazy_allowed: bool) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is {type(model).__name__}, not an nn.Module; give the float model")
     if is_prepared(model):
@@ -158,22 +181,25 @@ def _copy(model: nn.Module) -> nn.Module:
             f"made from, or train this one with cgmq_fx.attach"
         )
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
-    if lazy:
+    if lazy and not is_lazy_allowed:
         raise UnsupportedModelError(
             f"{type(model).__name__} has uninitialised lazy parameters {lazy}; run it once on a "
-            f"batch first"
+            f"batch first, or give example_inputs=(...)"
         )
     try:
-        return copy.deepcopy(model)
+        return copy_model(model)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and "
-            f"prepare leaves your model untouched; make copy.deepcopy(model) work first"
+            f"prepare leaves your model untouched; make copy.deepcopy(model) work first (use "
+            f"torch.nn.utils.parametrizations.weight_norm where weight norm is the reason)"
         ) from error
 
 
 def _bound_inputs(
-    model: nn.Module, example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor,
+    fixed: Mapping[str, Any],
 ) -> tuple[Any, ...]:
     """Return one value for each parameter of the model's forward, as the placeholders will have."""
     if isinstance(example_inputs, torch.Tensor):
@@ -188,7 +214,7 @@ def _bound_inputs(
         ((), example_inputs) if isinstance(example_inputs, Mapping) else (example_inputs, {})
     )
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        bound = bind_with(inspect.signature(model.forward), args, kwargs, fixed)
     except TypeError as error:
         raise UnsupportedModelError(
             f"example_inputs do not fit {type(model).__name__}.forward"
@@ -196,28 +222,3 @@ def _bound_inputs(
         ) from error
     bound.apply_defaults()
     return tuple(bound.arguments.values())
-
-
-def _passes(settings: Settings, inputs: tuple[Any, ...] | None) -> list[GraphPass]:
-    bounding = [settings.tables[name] for name in settings.limits if name in settings.tables]
-    ops = frozenset(op for table in bounding for row in table.rows for op in row.op)
-    weight_ops = _WEIGHT_OPS if WEIGHT_MEMORY in settings.limits else frozenset()
-    # Activations that memory holds as codes must be read through quantizers by every operation.
-    stored_ops = OP_CLASSES if PEAK_ACTIVATION_MEMORY in settings.limits else frozenset()
-    shapes = []
-    if inputs is not None:
-        # With shapes known, operands that are not floating-point tensors are left alone.
-        shapes = [AnnotateShapes(one_sample(inputs, settings.batch_axis))]
-    return [
-        Functionalize(),
-        AnnotateOperations(),
-        AnnotateNonnegative(),
-        *shapes,
-        ShareQuantizers(ops, weight_ops, frozenset(stored_ops)),
-        InsertQuantizers(
-            settings.widths,
-            settings.input_bits,
-            settings.per_channel,
-            quantize_attention="attention" in ops,
-        ),
-    ]

@@ -1,19 +1,27 @@
 """The graph module that `prepare` returns."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 
 from cgmq_fx.account import account, account_again
 from cgmq_fx.accounting import Accounting
-from cgmq_fx.cost.table import CostTable
+from cgmq_fx.compiled_call import compiler_of_calls, settle
 from cgmq_fx.errors import UnsupportedModelError
 from cgmq_fx.explain_budget import check_feasible
+from cgmq_fx.input_shapes import describe
+from cgmq_fx.passes.fuse_rectifiers import FuseRectifiers
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS
-from cgmq_fx.plan import Plan
-from cgmq_fx.quantizer_spec import QuantizerSpec
+from cgmq_fx.passes.trace import adopt
+from cgmq_fx.passes.values import map_tensors
+from cgmq_fx.plan import Plan, Settings
+from cgmq_fx.quantize_graph import account_otherwise
 from cgmq_fx.quantizers import QuantizerSet
 
 #: Name of the submodule that holds the plan.
@@ -29,14 +37,14 @@ class PreparedModule(fx.GraphModule):
 
     plan: Plan
     quantizers: QuantizerSet
+    #: What the Trainer of transformers asks: a graph takes none of the arguments of a loss.
+    accepts_loss_kwargs = False
 
     def __init__(
         self, root: nn.Module, graph: fx.Graph, class_name: str = "PreparedModule"
     ) -> None:
         super().__init__(root, graph, class_name)
-        for kind in ("_modules", "_parameters", "_buffers"):
-            getattr(self, kind).update(getattr(root, kind))
-        self._non_persistent_buffers_set |= root._non_persistent_buffers_set
+        adopt(self, root)
         plan = self._modules.get(PLAN)
         if not isinstance(plan, Plan) or not plan.is_priced:
             self._first_batch = self.register_forward_pre_hook(
@@ -45,6 +53,29 @@ class PreparedModule(fx.GraphModule):
 
     def _deepcopy_init(self) -> Callable[..., None]:
         return PreparedModule.__init__
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[no-untyped-call, untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph; where it runs compiled, after what quantizers have to see was shown."""
+        if compiler_of_calls():
+            settle(self, self._modules.get(QUANTIZERS), super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def recompile(self) -> PythonCode:
+        """Make the forward from the graph, with neighbours fused that one kernel can do together.
+
+        The graph itself stays as it is, for all who read it.
+        """
+        graph = self._graph
+        self._graph = FuseRectifiers().fused(self, graph)
+        is_fused = self._graph is not graph
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = graph
+        if is_fused:
+            self._lineno_map: dict[int, int | None] = {}  # places in another graph than `graph`
+        return code
 
     def price(self, inputs: Sequence[Any]) -> None:
         """Price the graph for the shapes of `inputs`, one value for each placeholder.
@@ -56,12 +87,16 @@ class PreparedModule(fx.GraphModule):
         """
         settings = self.plan.settings
         accounting = self._account(one_sample(inputs, settings.batch_axis), inputs)
-        check_feasible(accounting, settings, self._account_again)
-        for site in accounting.sites:
+        check_feasible(accounting, settings, partial(self._account_otherwise, inputs))
+        self.plan.accounting, self.plan.inputs = accounting, describe(inputs)
+        self.take_allowed_widths()
+
+    def take_allowed_widths(self) -> None:
+        """Give every quantizer whose bit-width no cost table has the widest one that they have."""
+        for site in self.plan.accounting.sites:
             quantizer = self.quantizers[site.name]
             if site.learned and quantizer.bit_width not in site.allowed:
                 quantizer.set_bit_width(site.allowed[-1])
-        self.plan.accounting = accounting
 
     def _account(self, sample: Sequence[Any], inputs: Sequence[Any]) -> Any:
         settings = self.plan.settings
@@ -73,10 +108,12 @@ class PreparedModule(fx.GraphModule):
             # A model that needs its whole batch (it reshapes by a constant) is priced for it.
             return account(self, inputs, settings.tables, settings.limits)
 
-    def _account_again(
-        self, tables: Mapping[str, CostTable], respec: Callable[[QuantizerSpec], QuantizerSpec]
-    ) -> Accounting:
-        return account_again(self, tables, self.plan.settings.limits, respec)
+    def _account_otherwise(self, inputs: Sequence[Any], settings: Settings) -> Accounting:
+        """Return what the accounting would be with other settings; nothing changes here."""
+        own = self.plan.settings
+        if replace(settings, tables=own.tables) == own:  # other prices for the same quantizers
+            return account_again(self, settings.tables, settings.limits)
+        return account_otherwise(self, settings, one_sample(inputs, settings.batch_axis))
 
     @property
     def bit_widths(self) -> dict[str, int]:
@@ -97,23 +134,22 @@ class PreparedModule(fx.GraphModule):
 def one_sample(inputs: Sequence[Any], batch_axis: int | None) -> tuple[Any, ...]:
     """Return `inputs` with the batch axis of every tensor that has one cut to one sample.
 
-    The batch is the extent of the first tensor's `batch_axis`; tensors of another extent are kept.
+    The batch is the extent of the first tensor's `batch_axis`; tensors of another extent are kept,
+    and so are those in lists, where each is often a sample.
     """
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.dim() > 0]
+    tensors: list[torch.Tensor] = []
+    map_tensors(tensors.append, inputs)
+    tensors = [tensor for tensor in tensors if tensor.dim() > 0]
     if batch_axis is None or not tensors:
         return tuple(inputs)
     batch = tensors[0].shape[batch_axis]
 
-    def cut(value: Any) -> Any:
-        if (
-            isinstance(value, torch.Tensor)
-            and value.dim() > batch_axis
-            and value.shape[batch_axis] == batch
-        ):
-            return value.narrow(batch_axis, 0, min(1, batch))
-        return value
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() > batch_axis and tensor.shape[batch_axis] == batch:
+            return tensor.narrow(batch_axis, 0, min(1, batch))
+        return tensor
 
-    return tuple(cut(value) for value in inputs)
+    return map_tensors(cut, inputs)
 
 
 def bind_inputs(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -123,26 +159,33 @@ def bind_inputs(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any])
         UnsupportedModelError: an argument is missing or has no placeholder.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    names = [str(node.target).lstrip("*") for node in placeholders]
-    unknown = sorted(set(kwargs) - set(names))
-    if len(args) > len(names) or unknown:
+    parameters: list[inspect.Parameter] = []
+    for node in placeholders:
+        parameters.append(_parameter(node, after=parameters))
+    try:
+        bound = inspect.Signature(parameters).bind(*args, **kwargs)
+    except TypeError as error:
         raise UnsupportedModelError(
-            f"the model takes the inputs {names}, but was given {len(args)} positional and "
-            f"{unknown or 'no'} unknown keyword inputs; call it as the float model is called"
-        )
-    values = []
-    for position, (node, name) in enumerate(zip(placeholders, names, strict=True)):
-        if position < len(args):
-            values.append(args[position])
-        elif name in kwargs:
-            values.append(kwargs[name])
-        elif node.args:
-            values.append(node.args[0])
-        else:
-            raise UnsupportedModelError(
-                f"the model takes the inputs {names}, and '{name}' is missing; give a value for it"
-            )
-    return tuple(values)
+            f"the model takes the inputs {[str(node.target) for node in placeholders]}: {error}; "
+            f"call it as the float model is called"
+        ) from error
+    bound.apply_defaults()
+    return tuple(bound.arguments.values())
+
+
+def _parameter(node: fx.Node, after: Sequence[inspect.Parameter]) -> inspect.Parameter:
+    name = str(node.target)
+    bare = name.lstrip("*")
+    if name.startswith("**"):
+        return inspect.Parameter(bare, inspect.Parameter.VAR_KEYWORD)
+    if name.startswith("*"):
+        return inspect.Parameter(bare, inspect.Parameter.VAR_POSITIONAL)
+    starred = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in after)
+    return inspect.Parameter(
+        bare,
+        inspect.Parameter.KEYWORD_ONLY if starred else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=node.args[0] if node.args else inspect.Parameter.empty,
+    )
 
 
 def _price_on_first_batch(module: PreparedModule, args: Any, kwargs: Any) -> None:

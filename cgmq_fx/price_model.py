@@ -92,10 +92,7 @@ def price_model(
         CgmqError: the model cannot be traced, the table cannot price it, or a site is unknown.
     """
     chosen = dict(bits or {})
-    inputs = tuple(
-        torch.zeros(shape, dtype=torch.int64 if kind == "int64" else torch.float32)
-        for kind, shape in shapes
-    )
+    inputs = zero_inputs(shapes)
     widths = sorted({*DEFAULT_WIDTHS, weights, activations, *chosen.values()})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # doubts about the table were told when it was read
@@ -116,7 +113,7 @@ def price_model(
     notes, found = [], []
     for site in accounting.sites:
         asked = chosen.get(site.name, weights if site.role == "weight" else activations)
-        found.append(_nearest(site, asked))
+        found.append(nearest(site, asked))
         if found[-1] != asked and (site.learned or site.name in chosen):
             allowed = ", ".join(map(str, site.allowed))
             notes.append(f"{site.name} has {found[-1]} bits, not {asked}: it may have {allowed}")
@@ -124,6 +121,14 @@ def price_model(
     return Priced(report(prepared), ledger(prepared), tuple(notes))
 
 
-def _nearest(site: Site, asked: int) -> int:
+def zero_inputs(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[torch.Tensor, ...]:
+    """Return inputs of these dtypes (``float32`` or ``int64``) and shapes."""
+    return tuple(
+        torch.zeros(shape, dtype=torch.int64 if kind == "int64" else torch.float32)
+        for kind, shape in shapes
+    )
+
+
+def nearest(site: Site, asked: int) -> int:
     """Return the narrowest allowed bit-width that holds `asked`, or the widest there is."""
     return min((width for width in site.allowed if width >= asked), default=site.allowed[-1])

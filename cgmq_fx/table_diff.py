@@ -16,7 +16,7 @@ from cgmq_fx.units import format_number
 _WIDTHS = (2, 4, 8)
 _MAX_PAIRS = 16
 _DIGITS = 6
-_FIELDS = ("name", "unit", "source", "input_bits", "reference", "unpriced", "schema")
+_FIELDS = ("name", "unit", "source", "input_bits", "reference", "unpriced", "share", "schema")
 Key = tuple[tuple[str, ...], str, str]
 
 

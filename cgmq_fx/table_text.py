@@ -65,6 +65,7 @@ def print_table(table: CostTable) -> None:
             ("input bits", str(table.input_bits)),
             ("reference", f"weight {reference.weight}, activation {reference.activation} bits"),
             ("unpriced", table.unpriced),
+            ("share", ", ".join(table.share) or "none"),
             ("sha256", table.digest),
         ]
     )
