@@ -31,6 +31,7 @@ for stray in ("passes", "cost"):
 names = [entry.name for entry in importlib.resources.files("cgmq_fx.cost.tables").iterdir()]
 tables = [name for name in names if name.endswith(".toml")]
 assert tables, "no cost table is installed"
+assert importlib.util.find_spec("cgmq_fx.testing") is not None, "the kit is not installed"
 print(f"cgmq_fx {cgmq_fx.__version__} works when installed; cost tables: {sorted(tables)}")
 """
 

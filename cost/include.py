@@ -9,7 +9,7 @@ from cgmq_fx.cost.faults import Faults
 from cgmq_fx.cost.row import Row
 
 #: What a table that includes others takes from them where it does not say it itself.
-INHERITED = ("unit", "input_bits", "reference", "unpriced")
+INHERITED = ("unit", "input_bits", "reference", "unpriced", "share")
 MAX_INCLUDES = 8
 MAX_INCLUDE_DEPTH = 8
 #: Files that one table may be made of.

@@ -20,6 +20,9 @@ OPERAND_NAMES: Mapping[Operands, tuple[str, ...]] = MappingProxyType(
 )
 
 
+#: Width of an operand that is 0 everywhere: what reads it computes nothing, on any hardware.
+PRUNED_BITS = 0
+
 #: Every operation class, the names that a row's ``op`` may have.
 OP_CLASSES: tuple[str, ...] = (
     "conv1d",

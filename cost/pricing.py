@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from cgmq_fx.cost.monotone import CostTableWarning, falling_text
-from cgmq_fx.cost.operation import OPERAND_NAMES, BitSource, BoundOperation, Operation
+from cgmq_fx.cost.operation import (
+    OPERAND_NAMES,
+    PRUNED_BITS,
+    BitSource,
+    BoundOperation,
+    Operation,
+)
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table import CostTable, supported_bits, unsupported
 from cgmq_fx.cost.terms import Term
@@ -189,7 +195,9 @@ def _supported(
         if not common:
             listed_text = ", ".join(f"{name!r}: {sorted(bits)}" for name, bits in limit)
             faults.append(f"site {site} serves {listed_text}")
-        supported.append(tuple(i for i, width in enumerate(widths) if width in common))
+        # On any hardware a tensor may be 0 everywhere.
+        has = common | {PRUNED_BITS}
+        supported.append(tuple(i for i, width in enumerate(widths) if width in has))
     if faults:
         raise CostTableError(
             f"cost table {table.name!r} has no bit-width among {list(widths)} that all operations "

@@ -8,7 +8,7 @@ from cgmq_fx.cost.computed_cost import ComputedCost
 from cgmq_fx.cost.expression import Expression
 from cgmq_fx.cost.faults import Faults
 from cgmq_fx.cost.grid import Grid, GridEntry
-from cgmq_fx.cost.operation import Operation
+from cgmq_fx.cost.operation import PRUNED_BITS, Operation
 from cgmq_fx.cost.row_fields import ROW_KEYS, formula_cost, normalise
 from cgmq_fx.errors import CostTableError
 
@@ -108,6 +108,8 @@ class Row:
     def unit_cost(self, operation: Operation, bits: tuple[int, int]) -> Fraction | None:
         """Return the cost of one piece of work, or None where the grid has no pair for `bits`.
 
+        With an operand of 0 bits nothing is computed, and that costs nothing in any table.
+
         Args:
             operation: one that the row matches.
             bits: the two bit-widths, in the order of ``OPERAND_NAMES``.
@@ -115,6 +117,8 @@ class Row:
         Raises:
             CostTableError: the formula gives a negative number, or none.
         """
+        if PRUNED_BITS in bits:
+            return Fraction(0)
         if isinstance(self.cost, Fraction):
             return self.cost
         if self.grid is not None:
@@ -135,7 +139,7 @@ class Row:
 
     def grid_entry(self, operation: Operation, bits: tuple[int, int]) -> GridEntry | None:
         """Return the pair of the grid that prices `operation` at `bits`, if one does."""
-        if self.grid is None:
+        if self.grid is None or PRUNED_BITS in bits:
             return None
         widths = bit_variables(operation.operands, bits)
         first, second = (widths[f"{axis}_bits"] for axis in self.grid.axes)

@@ -18,6 +18,7 @@ from cgmq_fx.cost.table_fields import (
     MAX_ROWS,
     NAME_PATTERN,
     SCHEMA,
+    SHAREABLE,
     TABLE_KEYS,
     UNPRICED,
 )
@@ -96,6 +97,10 @@ def _table_properties() -> dict[str, Any]:
         ),
         "unpriced": _described(
             "what becomes of an operation that has MACs and no row", {"enum": list(UNPRICED)}
+        ),
+        "share": _described(
+            "operation classes whose operands have one quantizer",
+            {"type": "array", "items": {"enum": list(SHAREABLE)}, "maxItems": len(SHAREABLE)},
         ),
     }
 

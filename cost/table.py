@@ -44,6 +44,8 @@ class CostTable:
             is accepted.
         unpriced: what becomes of an operation that has MACs and no row: "error", or "zero": it
             costs nothing and is reported as unpriced.
+        share: operation classes, "add", "sub" or "cat", whose operands the hardware needs on one
+            grid: where they are quantized, they have one quantizer.
         schema: version of the format.
         origin: the file it was read from, for messages; no part of the table's value.
         strict: whether a cost that falls when bits rise is an error, not a `CostTableWarning`.
@@ -60,6 +62,7 @@ class CostTable:
     reference: Reference = DEFAULT_REFERENCE
     unpriced: str = UNPRICED[0]
     schema: int = SCHEMA
+    share: tuple[str, ...] = ()
     origin: str = field(default="", compare=False)
     strict: bool = field(default=False, compare=False, repr=False)
 
@@ -224,6 +227,8 @@ class CostTable:
 
     def _content(self) -> dict[str, Any]:
         rows = [row_content(row) for row in self.rows]
+        # Left out where it is empty: tables that do not share keep the digest they had.
+        share = {"share": list(self.share)} if self.share else {}
         return {
             "schema": self.schema,
             "name": self.name,
@@ -235,6 +240,7 @@ class CostTable:
                 "activation": self.reference.activation,
             },
             "unpriced": self.unpriced,
+            **share,
             "row": sorted(rows, key=lambda row: json.dumps(row, sort_keys=True)),
         }
 

@@ -11,6 +11,7 @@ from cgmq_fx.cost.fields import (
     read_bit_width,
     read_choice,
     read_mapping,
+    read_sequence,
     read_text,
     read_unit,
 )
@@ -22,8 +23,10 @@ UNPRICED = ("error", "zero")
 MAX_ROWS = 2000
 #: Combinations of listed bit-widths in all grids of a table together.
 MAX_PAIRS = 20_000
+#: Operation classes whose operands can be asked to have one quantizer.
+SHAREABLE = ("add", "sub", "cat")
 #: Keys of a table besides its rows.
-TABLE_KEYS = ("schema", "name", "unit", "source", "input_bits", "reference", "unpriced")
+TABLE_KEYS = ("schema", "name", "unit", "source", "input_bits", "reference", "unpriced", "share")
 #: Keys that a file may have besides: its rows, the tables it builds on, and the address of a JSON
 #: Schema, for editors.
 FILE_KEYS = ("row", "include", "$schema")
@@ -53,6 +56,7 @@ def normalise_table(raw: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
         "unpriced": read_choice(
             raw.get("unpriced", UNPRICED[0]), UNPRICED, faults.below("unpriced")
         ),
+        "share": _share(raw.get("share", ()), faults.below("share")),
     }
     if "name" in raw:
         values["name"] = _name(raw["name"], faults.below("name"))
@@ -91,6 +95,15 @@ def _reference(value: object, faults: Faults) -> Reference:
         key: read_bit_width(raw.get(key, 32), faults.below(key)) for key in ("weight", "activation")
     }
     return Reference(**widths)
+
+
+def _share(value: object, faults: Faults) -> tuple[str, ...]:
+    """Return the classes in a fixed order, each once; an empty list is none."""
+    if isinstance(value, list | tuple) and not value:
+        return ()
+    items = read_sequence(value, faults, len(SHAREABLE))
+    read = {read_choice(item, SHAREABLE, faults.below(i)) for i, item in enumerate(items)}
+    return tuple(op for op in SHAREABLE if op in read)
 
 
 def check_rows(rows: Iterable[object], faults: Faults) -> None:

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 
+import torchvision_shim  # noqa: F401  # lightning imports torchvision
 from source_tree import PACKAGE_OF_FOLDER, module_files
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

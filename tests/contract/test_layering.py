@@ -32,6 +32,7 @@ FAULTS = [
     Fault("fx in quantizers", {"cgmq_fx/quantizers.py": "from torch import fx"}, "of torch.fx"),
     Fault("torch in cost", {"cost/planted.py": "import torch"}, "from outside: none"),
     Fault("third party in values", {"cgmq_fx/errors.py": "import rich"}, "from outside: none"),
+    Fault("kit", {"cgmq_fx/cli.py": "import cgmq_fx.testing.case"}, "not testing"),
     Fault(
         "cycle",
         {"cgmq_fx/lower.py": "import cgmq_fx.cli", "cgmq_fx/cli.py": "import cgmq_fx.lower"},

@@ -10,7 +10,7 @@ import pytest
 import cgmq_fx
 from golden import check_golden
 
-PACKAGES = ("cgmq_fx", "cgmq_fx.passes", "cgmq_fx.cost")
+PACKAGES = ("cgmq_fx", "cgmq_fx.passes", "cgmq_fx.cost", "cgmq_fx.testing")
 
 
 def public_names(package):

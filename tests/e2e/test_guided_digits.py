@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cgmq_fx.fit import accuracy, fit
 from cgmq_fx.prepare import prepare
-from recompute import relative_bops
+from cgmq_fx.testing.recompute import relative_bops
 
 
 def data():

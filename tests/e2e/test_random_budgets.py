@@ -15,7 +15,7 @@ from cgmq_fx.fit import fit
 from cgmq_fx.guide import attach
 from cgmq_fx.lower import lower
 from cgmq_fx.prepare import prepare
-from recompute import memory_bytes, products_of, relative_bops
+from cgmq_fx.testing.recompute import memory_bytes, products_of, relative_bops
 
 NUM_BUDGETS = 10
 DIRECTIONS = ("fisher", "dir_1", "dir_2", "dir_3")

@@ -11,9 +11,11 @@ from torch import Tensor
 from cgmq_fx import fake_quantize as fake_quantize_module
 from cgmq_fx.calibration import observed_ends, rows_of, squared_error
 from cgmq_fx.fake_quantize import PROBE_SCALE, range_gain
+from cgmq_fx.quantizer_spec import kernel_bounds
 from cgmq_fx.quantizers import Quantizer, QuantizerSpec
 
-LOWER_WIDTHS = st.sampled_from(range(2, 17))
+LOWER_WIDTHS = st.sampled_from(range(17))
+WITH_STEPS = st.sampled_from(range(1, 17))
 SCHEMES = st.sampled_from(["symmetric", "unsigned", "affine"])
 
 
@@ -30,9 +32,17 @@ class Case:
         return per_element(self.quantizer.qparams().scale, self)
 
     @property
+    def is_binary(self) -> bool:
+        """Whether the grid is without 0."""
+        spec = self.quantizer.spec
+        return spec.scheme == "symmetric" and spec.widths == (1,)
+
+    @property
     def ends(self) -> tuple[Tensor, Tensor]:
-        """The lowest and the highest representable value of each element's range."""
+        """The ends of each element's range: values of it, but for a binary one."""
         qparams = self.quantizer.qparams()
+        if self.is_binary:
+            return -2 * self.scale, 2 * self.scale
         low = (qparams.quant_min - qparams.zero_point) * qparams.scale
         high = (qparams.quant_max - qparams.zero_point) * qparams.scale
         return per_element(low, self), per_element(high, self)
@@ -54,10 +64,13 @@ def cases(draw, bit_widths=LOWER_WIDTHS, schemes=SCHEMES):
     axis = draw(st.none() | st.integers(-len(shape), len(shape) - 1))
     size = 10.0 ** draw(st.integers(-12, 12))
     x = (torch.randn(shape) + draw(st.floats(-2, 2))) * size
-    role = draw(st.sampled_from(["weight", "activation"]))
-    bit_width = draw(bit_widths)
+    role, bit_width, scheme = (
+        draw(st.sampled_from(["weight", "activation"])), draw(bit_widths), draw(schemes)
+    )  # fmt: skip
+    if bit_width == 1 and scheme == "symmetric":
+        role = "weight"
     spec = QuantizerSpec(
-        role, draw(schemes), axis, 1 if axis is None else shape[axis], widths=(bit_width,)
+        role, scheme, axis, 1 if axis is None else shape[axis], widths=(bit_width,)
     )
     quantizer = Quantizer(spec, "site")
     quantizer.calibrate(x)
@@ -100,9 +113,11 @@ def test_monotone(case, step):
 def test_the_error_is_at_most_half_a_step_inside_and_the_end_is_taken_outside(case):
     low, high = case.ends
     result = case.quantizer(case.x)
-    slack = 0.5 * case.scale + 2e-7 * case.x.abs()
+    slack = (1.0 if case.is_binary else 0.5) * case.scale + 2e-7 * case.x.abs()
     inside = (case.x >= low) & (case.x <= high)
     assert ((result - case.x).abs() <= slack)[inside].all()
+    if case.is_binary:  # its values stand in the middles of the two halves
+        low, high = low / 2, high / 2
     assert torch.equal(result[case.x > high], high[case.x > high])
     assert torch.equal(result[case.x < low], low[case.x < low])
 
@@ -131,7 +146,8 @@ def test_values_are_divided_by_the_scale_not_multiplied_by_its_inverse():
 
 @given(cases())
 def test_zero_is_exact(case):
-    assert not case.quantizer(torch.zeros_like(case.x)).any()
+    result = case.quantizer(torch.zeros_like(case.x))
+    assert torch.equal(result, case.scale if case.is_binary else torch.zeros_like(result))
 
 
 @given(cases(bit_widths=st.just(32)))
@@ -169,17 +185,22 @@ def plain(case: Case, multiplier: Tensor) -> Tensor:
         scale = (ends[0] + ends[1]) / qparams.quant_max
         zero_point = rounded(ends[0] / scale)
     else:
-        scale = (multiplier * base).abs() / qparams.quant_max
+        scale = (multiplier * base).abs() / (2 if case.is_binary else qparams.quant_max)
         zero_point = torch.zeros_like(scale)
     pick = 0 if spec.channel_axis is None else slice(None)
     scale, zero_point = per_element(scale[pick], case), per_element(zero_point[pick], case)
     low, high = qparams.quant_min - zero_point, qparams.quant_max - zero_point
+    if case.is_binary:
+        low, high = 2 * low, 2 * high
     steps = case.x / scale
     clamped = torch.where(steps > high, high, torch.where(steps < low, low, steps))
+    if case.is_binary:
+        signs = torch.where(clamped < 0, -1.0, 1.0)
+        return (clamped + (signs - clamped).detach()) * scale
     return rounded(clamped) * scale
 
 
-@given(cases(), st.sampled_from([1.0, -1.0]))
+@given(cases(bit_widths=WITH_STEPS), st.sampled_from([1.0, -1.0]))
 def test_gradients_are_those_of_autograd_through_the_plain_function(case, sign):
     # In float64, where both take the same side of every rounding.
     quantizer = case.quantizer.double()
@@ -204,7 +225,7 @@ def gain_of(quantizer: Quantizer, x: Tensor) -> Tensor:
     return range_gain(numel, quantizer.quant_max, quantizer.base, is_weight=is_weight)
 
 
-@given(cases())
+@given(cases(bit_widths=WITH_STEPS))
 def test_per_channel_is_per_tensor_on_each_channel(case):
     spec = case.quantizer.spec
     assume(spec.channel_axis is not None)
@@ -228,7 +249,7 @@ def test_per_channel_is_per_tensor_on_each_channel(case):
         torch.testing.assert_close(actual, expected[..., 0], rtol=1e-3, atol=slack)
 
 
-@given(cases(bit_widths=st.sampled_from([2, 8, 32])))
+@given(cases(bit_widths=st.sampled_from([0, 1, 2, 8, 32])))
 def test_the_probe_carries_the_statistics_of_the_gradient(case):
     gradient = torch.randn_like(case.x)
     case.quantizer(case.x).backward(gradient)
@@ -246,7 +267,8 @@ def test_a_fitted_range_errs_no_more_than_the_observed_one(case):
     fitted = rows_of(quantizer(case.x), quantizer.spec.channel_axis) - rows
     qparams = quantizer.qparams()
     ends = observed_ends(rows, quantizer.spec.scheme)
-    observed = squared_error(rows, ends, qparams.quant_min, qparams.quant_max)
+    bounds = kernel_bounds(quantizer.spec.scheme, qparams.bit_width)
+    observed = squared_error(rows, ends, *bounds)
     assert (fitted.double().square().sum(1) <= observed * (1 + 1e-5)).all()
 
 
@@ -260,7 +282,10 @@ def test_a_fit_scales_with_its_data(case, exponent):
     assert torch.equal(quantizer.base, expected) or (quantizer.base == 1).any()
 
 
-@given(cases(bit_widths=st.sampled_from([2, 4, 8])), st.sampled_from([torch.bfloat16, torch.half]))
+@given(
+    cases(bit_widths=st.sampled_from([0, 1, 2, 4, 8])),
+    st.sampled_from([torch.bfloat16, torch.half]),
+)
 def test_half_precision_is_float32_rounded_at_the_end(case, dtype):
     case.quantizer.calibrate(torch.randn_like(case.x))
     x = torch.randn(case.x.shape).to(dtype).requires_grad_()
@@ -276,7 +301,8 @@ def test_half_precision_is_float32_rounded_at_the_end(case, dtype):
 @given(st.integers(0, 2**16), SCHEMES, LOWER_WIDTHS)
 def test_large_tensors_worked_on_in_blocks_give_the_same(seed, scheme, bit_width):
     torch.manual_seed(seed)
-    quantizer = Quantizer(QuantizerSpec("activation", scheme, widths=(bit_width,)))
+    role = "weight" if bit_width == 1 else "activation"
+    quantizer = Quantizer(QuantizerSpec(role, scheme, widths=(bit_width,)))
     x, gradient = torch.randn(2, 1000), torch.randn(2, 1000)
     quantizer.calibrate(x * 0.5)
 

@@ -106,6 +106,20 @@ class CrossAttention(nn.Module):
         return self.attention(q, k, v, key_padding_mask=padding)
 
 
+class Recurrent(nn.Module):
+    """A gated recurrent unit that continues from a given state; returns its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRU(3, 4, num_layers=2, batch_first=True, dropout=0.5)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(batch, length, 3)`` and the last state of every layer, batch first."""
+        output, last = self.cell(x, state.transpose(0, 1))
+        return self.out(output), last.transpose(0, 1)
+
+
 class DropPath(nn.Module):
     """Drops samples in training; has no parameters and branches on its mode."""
 
@@ -199,6 +213,31 @@ def _loop_on_shape(self: Any, x: Tensor) -> Tensor:
     for step in range(1, x.shape[1]):
         total = total + self.cell(x[:, step])
     return total / len(x[0])
+
+
+def _recurrent_twice(self: Any, x: Tensor) -> Tensor:
+    once, state = self.cell(x)
+    return self.cell(once.tanh(), state)[0]
+
+
+def _cells(self: Any, x: Tensor) -> Tensor:
+    first, second = None, None
+    for step in range(x.shape[1]):
+        first = self.lstm(x[:, step], first)
+        second = self.gru(first[0], second)
+    return second
+
+
+def _frozen_part(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        frozen = self.first(x).relu()
+    return self.second(frozen) + self.first(frozen)
+
+
+def _other_products(self: Any, x: Tensor) -> Tensor:
+    rows = torch.einsum(x, [0, 1, 2], self.proj.weight, [3, 2], [0, 1, 3])
+    mixed = torch.tensordot(rows, self.proj.weight, dims=([2], [0]))
+    return torch.inner(mixed, self.proj.weight)
 
 
 def _images(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -330,15 +369,50 @@ ZOO = (
         "recurrent",
         lambda: Calls(
             lambda self, x: self.head(self.cell(x)[0][:, -1]),
-            cell=nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True),
+            cell=nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True, dropout=0.3),
             head=nn.Linear(8, 2),
         ),
         _images(5, 3),
     ),
     ZooCase(
+        "recurrent with state",
+        Recurrent,
+        lambda: (torch.randn(2, 5, 3), torch.randn(2, 2, 4).tanh()),
+    ),
+    ZooCase(
+        "recurrent relu",
+        lambda: Calls(
+            lambda self, x: self.cell(x)[0].sum(0),
+            cell=nn.RNN(3, 4, num_layers=2, nonlinearity="relu", bias=False),
+        ),
+        lambda: (torch.randn(5, 2, 3),),
+        batch_axis=1,
+    ),
+    ZooCase(
+        "recurrent twice",
+        lambda: Calls(_recurrent_twice, cell=nn.LSTM(4, 4, batch_first=True, bias=False)),
+        _images(5, 4),
+    ),
+    ZooCase(
+        "recurrent cells",
+        lambda: Calls(_cells, lstm=nn.LSTMCell(3, 4), gru=nn.GRUCell(4, 5, bias=False)),
+        _images(2, 3),
+        needs_inputs=True,
+    ),
+    ZooCase(
         "bilinear",
         lambda: Calls(lambda self, x: self.form(x, x.tanh()), form=nn.Bilinear(3, 3, 4)),
         _images(3),
+    ),
+    ZooCase(
+        "frozen part",
+        lambda: Calls(_frozen_part, first=nn.Linear(4, 4), second=nn.Linear(4, 4)),
+        _images(4),
+    ),
+    ZooCase(
+        "other products",
+        lambda: Calls(_other_products, proj=nn.Linear(4, 3, bias=False)),
+        _images(5, 4),
     ),
     ZooCase("no parameters", lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), _images(2, 2)),
     ZooCase("plain", lambda: Calls(_plain, linear=nn.Linear(6, 2, bias=False)), _images(2, 3)),

@@ -168,6 +168,22 @@ def test_a_weight_that_is_computed_is_stored_once():
     assert prepared.plan.accounting.resources["weight_memory"].reference == 4 * 12
 
 
+def test_a_learned_attention_bias_is_stored_in_float():
+    model = Calls(
+        lambda self, x: F.scaled_dot_product_attention(
+            self.layer(x), x, x, attn_mask=self.bias[None].tanh()
+        ),
+        layer=nn.Linear(4, 4, bias=False),
+        bias=nn.Parameter(torch.zeros(3, 3)),
+    )
+    budget = {"bops": "100%", "weight_memory": "100%"}
+    prepared = prepare(model, budget, example_inputs=torch.zeros(1, 3, 4))
+    accounting = prepared.plan.accounting
+    assert accounting.resources["weight_memory"].reference == 4 * (4 * 4 + 3 * 3)
+    narrow = accounting.totals([site.allowed[0] for site in accounting.sites])
+    assert narrow["weight_memory"] == 4 * 3 * 3 + Fraction(2 * 4 * 4, 8)
+
+
 def test_what_training_alone_computes_costs_nothing():
     prepared = prepare(Auxiliary(), "100%", example_inputs=torch.zeros(2, 6))
     accounting = prepared.plan.accounting

@@ -1,15 +1,11 @@
 """Every snippet of docs/cost-tables.md is run, in order, in one folder."""
 
-import doctest
 import json
 import os
 import re
-import shlex
-from dataclasses import dataclass
 
 import pytest
 
-from cgmq_fx.cli import main
 from cgmq_fx.cost.attributes import CLASS_ATTRIBUTES, COMMON_ATTRIBUTES, bit_names
 from cgmq_fx.cost.load import load_table
 from cgmq_fx.cost.operation import OP_CLASSES
@@ -18,27 +14,13 @@ from cgmq_fx.cost.schema import json_schema
 from cgmq_fx.cost.syntax import FUNCTIONS
 from cgmq_fx.cost.table_fields import FILE_KEYS, TABLE_KEYS
 from cgmq_fx.errors import CostTableError
+from doc_snippets import run_commands, snippets
 from source_tree import ROOT
 
 PAGE = ROOT / "docs" / "cost-tables.md"
-BLOCK = re.compile(r"^```(\w+) ?(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 VARIABLES = re.compile(r"(?<=<!-- variables -->\n).*?(?=<!-- end of variables -->)", re.DOTALL)
 HEAD = 'name = "snippet"\nunit = "cycle"\n'
 KINDS = {"number": "", "bool": " (true or false)", "text": " (text)"}
-
-
-@dataclass(frozen=True)
-class Snippet:
-    language: str
-    file: str
-    note: str
-    text: str
-
-
-def snippets():
-    for match in BLOCK.finditer(PAGE.read_text()):
-        file, _, note = match[2].partition(" ")
-        yield Snippet(match[1], file, note, match[3])
 
 
 def variables_text():
@@ -78,7 +60,7 @@ def test_every_snippet_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     names = {"__name__": "snippet"}
     kinds = []
-    for snippet in snippets():
+    for snippet in snippets(PAGE):
         kinds.append(snippet.language)
         if snippet.file:
             (tmp_path / snippet.file).write_text(snippet.text)
@@ -105,19 +87,3 @@ def check_table(snippet):
             with open("snippet.toml", "w") as file:
                 file.write(HEAD + snippet.text)
         load_table(snippet.file or "snippet.toml", strict=True)
-
-
-def run_commands(text, folder, capsys):
-    """Run the lines that begin with a dollar sign; what stands below is what they print."""
-    for command, expected in re.findall(r"^\$ cgmq-fx (.*)\n((?:(?!\$).*\n)*)", text, re.MULTILINE):
-        command, _, target = command.partition(" > ")
-        main(shlex.split(command))
-        captured = capsys.readouterr()
-        found = captured.out + captured.err
-        if target:
-            (folder / target).write_text(captured.out)
-            assert captured.err == ""
-            found = ""
-        checker = doctest.OutputChecker()
-        assert checker.check_output(expected, found, doctest.ELLIPSIS), f"{command}:\n{found}"
-        assert "Traceback" not in found

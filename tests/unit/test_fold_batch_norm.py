@@ -18,6 +18,8 @@ from cgmq_fx.passes.functionalize import Functionalize
 from cgmq_fx.passes.pipeline import Pipeline, run_pass
 from cgmq_fx.passes.trace import trace
 from cgmq_fx.prepare import prepare
+from cgmq_fx.quantizer_spec import integer_grid
+from cgmq_fx.quantizers import QParams
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVS = {
@@ -108,6 +110,7 @@ def test_float_functions(case):
 @pytest.mark.parametrize("per_channel", [False, True], ids=["tensor", "channel"])
 def test_integer_codes_stay_and_the_scale_takes_the_factor(case, per_channel):
     model, x = case.build()
+    assert model[1].weight.sign().unique().tolist() == [-1, 1]
     prepared = prepare(model, "100%", example_inputs=(x,), per_channel=per_channel).eval()
     prepared(x)
     prepared.quantizers["0_weight_"].set_bit_width(4)
@@ -119,8 +122,10 @@ def test_integer_codes_stay_and_the_scale_takes_the_factor(case, per_channel):
     norm = model[1]
     factor = norm.weight / (norm.running_var + norm.eps).sqrt()
     assert_folds(prepared, x)
-    assert torch.equal(frozen.codes, codes)
+    signs = scaled_by_output_channel(codes, factor.sign().to(torch.int8), case)
+    assert torch.equal(frozen.codes, signs), "mirrored where the factor is negative"
     assert frozen.codes.dtype == torch.int8
+    assert (frozen.scale > 0).all()
     want = scaled_by_output_channel(value, factor.detach(), case)
     torch.testing.assert_close(frozen(), want, rtol=1e-5, atol=0)
     fixed_shape = (6, 12 // case.groups, *[1] * case.dims)
@@ -142,10 +147,35 @@ def scaled_by_output_channel(weight, factor, case):
     return weight
 
 
+def grid_weight(scheme, codes, zero_point):
+    qparams = QParams(torch.tensor(0.5), torch.tensor(zero_point), *integer_grid(scheme, 4), 4)
+    return FrozenWeight("w", qparams, torch.tensor(codes), None, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "codes", "zero_point"),
+    [
+        ("symmetric", [[-7, 0], [3, 7]], 0),
+        ("affine", [[0, 5], [15, 3]], 5),
+        ("affine", [[0, 1], [15, 3]], 0),
+    ],
+)
+def test_negative_and_vanishing_factors_leave_positive_scales(scheme, codes, zero_point):
+    weight = grid_weight(scheme, codes, zero_point)
+    value = weight()
+    weight.rescale(torch.tensor([[-2.0], [3.0]], dtype=torch.float64), 0)
+    assert torch.equal(weight(), value * torch.tensor([[-2.0], [3.0]]))
+    assert weight.scale.tolist() == [1.0, 1.5]
+    weight.rescale(torch.tensor([[1e-300], [-1.0]], dtype=torch.float64), 0)
+    assert torch.equal(weight(), value * torch.tensor([[0.0], [-3.0]]))
+    assert weight.scale.tolist() == [1.0, 1.5]
+    assert int(weight.steps()[0].abs().max()) == 0
+
+
 def test_a_wrong_order_of_groups_would_be_seen(monkeypatch):
     def ungrouped(self, factor):
-        rows = factor.reshape(self.groups, -1).repeat(self.weight.shape[0] // self.groups, 1)
-        return rows.reshape(self.weight.shape[0], -1, 1, 1)
+        rows = factor.reshape(self.groups, -1).repeat(self.shape[0] // self.groups, 1)
+        return rows.reshape(self.shape[0], -1, 1, 1)
 
     model, x = Case(2, transposed=True, groups=3, bias=True).build()
     monkeypatch.setattr(_Layer, "along_weight", ungrouped)

@@ -20,6 +20,7 @@ from cgmq_fx.passes.functionalize import Functionalize
 from cgmq_fx.passes.pipeline import run_pass
 from cgmq_fx.passes.specialize_evaluation import SpecializeEvaluation
 from cgmq_fx.passes.trace import trace
+from cgmq_fx.passes.values import find_attribute
 from cgmq_fx.prepare import prepare
 from cgmq_fx.quantizers import QParams, Quantizer
 from graph_zoo import ZOO, Calls, case
@@ -56,8 +57,8 @@ def freeze(prepared):
 
 
 def frozen_modules(gm):
-    called = [node.target for node in gm.graph.nodes if node.op == "call_module"]
-    modules = {target: gm.get_submodule(target) for target in called}
+    read = [node.target for node in gm.graph.nodes if node.op in ("call_module", "get_attr")]
+    modules = {target: find_attribute(gm, target) for target in read}
     return {name: item for name, item in modules.items() if isinstance(item, FrozenModule)}
 
 
@@ -144,7 +145,7 @@ def test_a_tied_weight_is_stored_once():
     held = [node for node in frozen.graph.nodes if "embed_weight" in str(node.target)]
     assert len(held) == 1
     assert len(held[0].users) == 2
-    assert sum("embed_weight.codes" in key for key in frozen.state_dict()) == 1
+    assert sum("embed_weight.packed" in key for key in frozen.state_dict()) == 1
 
 
 def test_a_parameter_that_is_read_raw_too_stays():
@@ -152,7 +153,7 @@ def test_a_parameter_that_is_read_raw_too_stays():
     prepared = prepared_at(model, INPUTS, lambda q: 4 if 4 in q.spec.widths else 8)
     want = tensors(prepared, INPUTS)
     frozen = freeze(prepared)
-    assert {"layer.weight", "frozen.layer_weight.codes"} <= set(frozen.state_dict())
+    assert {"layer.weight", "frozen.layer_weight.packed"} <= set(frozen.state_dict())
     assert_equal(tensors(frozen, INPUTS), want)
 
 
@@ -211,7 +212,9 @@ def test_attention(bits):
 
 
 def test_a_grid_that_is_off_by_one_would_be_seen(monkeypatch):
-    monkeypatch.setattr("cgmq_fx.frozen.to_steps", lambda x, grid: to_steps(x, grid).add_(1))
+    monkeypatch.setattr(
+        "cgmq_fx.frozen.to_steps", lambda x, grid, **kind: to_steps(x, grid, **kind).add_(1)
+    )
     prepared = prepared_at(linear_net(), INPUTS, lambda q: 4 if 4 in q.spec.widths else 8)
     want = tensors(prepared, INPUTS)
     with pytest.raises(AssertionError):
@@ -231,14 +234,38 @@ def frozen_weight(bits=4):
     return FrozenWeight("conv_weight", qparams, torch.tensor([[-top, top]]), None, torch.float32)
 
 
-def test_codes_of_a_wider_weight_are_not_loaded():
+@pytest.mark.parametrize("bits", [2, 8])
+def test_codes_of_another_width_are_not_loaded(bits):
     weight = frozen_weight(4)
-    message = r"'conv_weight': codes from -127 to 127 do not fit its 4 bits, which hold -7 to 7"
+    message = rf"'conv_weight': codes of {bits} bits are not loaded where it has 4; load the state"
     with pytest.raises(UsageError, match=message):
-        weight.load_state_dict(frozen_weight(8).state_dict())
-    assert int(weight.codes.max()) == 7
-    weight.load_state_dict(frozen_weight(2).state_dict())
-    assert weight().tolist() == [[-0.5, 0.5]]
+        weight.load_state_dict(frozen_weight(bits).state_dict())
+    assert weight.codes.tolist() == [[-7, 7]]
+
+
+def test_codes_off_the_grid_are_not_loaded():
+    weight = frozen_weight(4)
+    state = weight.state_dict()
+    state["packed"] = torch.tensor([0x78], dtype=torch.uint8)  # 7 in the high bits, -8 in the low
+    message = r"'conv_weight': codes from -8 to 7 do not fit its 4 bits, which hold -7 to 7"
+    with pytest.raises(UsageError, match=message):
+        weight.load_state_dict(state)
+    assert weight.codes.tolist() == [[-7, 7]]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 9, 16])
+def test_codes_take_their_true_width_in_memory(bits):
+    top = 2 ** (bits - 1) - 1
+    codes = torch.randint(-top, top + 1, (7, 5, 3))
+    qparams = QParams(torch.tensor(0.5), torch.tensor(0), -top, top, bits)
+    weight = FrozenWeight("w", qparams, codes, None, torch.float32)
+    assert (weight.packed.dtype, weight.packed.numel()) == (torch.uint8, -(-7 * 5 * 3 * bits // 8))
+    held = sum(t.numel() * t.element_size() for t in (*weight.buffers(), *weight.parameters()))
+    assert held == weight.packed.numel() + 4  # and a scale
+    assert torch.equal(weight.codes.long(), codes)
+    assert torch.equal(weight(), codes * 0.5)
+    weight.codes = codes.clamp(0, 1)
+    assert torch.equal(copy.deepcopy(weight)(), codes.clamp(0, 1) * 0.5)
 
 
 class TestSpecializing:
@@ -320,3 +347,17 @@ class TestSpecializing:
         before = self.names(gm)
         run_pass(SpecializeEvaluation(), gm)
         assert self.names(gm) == before
+
+
+def test_a_weight_computed_from_parameters_is_stored_in_their_place_at_32_bits():
+    """Weight norm has a length and a direction; memory is priced for the weight they make."""
+    inputs = (torch.randn(2, 3, 5, 5),)
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, bias=False))
+    prepared = prepared_at(layer, inputs, lambda q: q.spec.widths[-1], BOTH)
+    want = tensors(prepared, inputs)
+    frozen = freeze(prepared)
+    assert [tuple(value.shape) for value in frozen.parameters() if value.ndim > 3] == [(4, 3, 3, 3)]
+    assert_equal(tensors(frozen, inputs), want)
+    held = sum(value.numel() for name, value in frozen.named_parameters() if "quant" not in name)
+    accounting = prepared.plan.accounting
+    assert 4 * held == accounting.totals(list(prepared.bit_widths.values()))["weight_memory"]

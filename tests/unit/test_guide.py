@@ -63,6 +63,12 @@ def test_a_run_of_known_length_leaves_most_of_it_to_adapt(total_steps):
     assert guide.is_satisfied
 
 
+def learned_statistics(prepared):
+    """Those of all but the input, whose bits and range are given: no gradient is computed there."""
+    learned = [quantizer.spec.learned for quantizer in prepared.quantizers.values()]
+    return prepared.plan.statistics[torch.tensor(learned)]
+
+
 @pytest.mark.parametrize("direction", ["fisher", "dir_1", "dir_2", "dir_3"])
 def test_once_met_always_met(direction):
     prepared, optimizer, guide = guided(direction=direction, total_steps=50)
@@ -167,7 +173,7 @@ def test_a_closure(keyword):
         loss = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
     assert loss.isfinite()
     assert guide.is_satisfied
-    assert bool((prepared.plan.statistics[:, 1] > 0).all())
+    assert bool((learned_statistics(prepared)[:, 1] > 0).all())
     assert not any(probe.any() for probe in probes_of(prepared))
 
 
@@ -197,9 +203,7 @@ def test_gradients_that_are_not_finite_are_refused_before_the_step():
     x, y = small_data()
     optimizer.zero_grad()
     (F.cross_entropy(prepared(x), y) * math.nan).backward()
-    with pytest.raises(
-        TrainingError, match=r"step 3: .* 6 of 6 quantizers .*\(0_weight_, .*\.\.\.\)"
-    ):
+    with pytest.raises(TrainingError, match=r"step 3: .* 5 of 6 quantizers .*\(0_weight_, .*\)"):
         optimizer.step()
     after = prepared.state_dict()
     assert all(
@@ -267,7 +271,7 @@ def test_an_optimizer_over_some_parameters():
         train_step(prepared, optimizer)
     assert guide.is_satisfied
     assert all(probe.grad is None for probe in probes_of(prepared))
-    assert bool((prepared.plan.statistics[:, 1] > 0).all())
+    assert bool((learned_statistics(prepared)[:, 1] > 0).all())
 
 
 def test_the_probe_scale_is_undone():

@@ -104,7 +104,7 @@ def test_batch_norms_fold_and_codes_stay(bits):
     assert_close(tensors(fixed, IMAGES), want)
     kinds = {type(module) for module in fixed.modules()}
     assert not kinds & {nn.BatchNorm2d, nn.BatchNorm1d, nn.Dropout}
-    codes = [name for name in frozen.state_dict() if name.endswith(".codes")]
+    codes = [name for name in frozen.state_dict() if name.endswith(".packed")]
     assert len(codes) == 4
     assert all(torch.equal(frozen.state_dict()[name], fixed.state_dict()[name]) for name in codes)
     assert {name for name in fixed.state_dict() if not name.startswith(("frozen.", "plan."))} == {
@@ -194,6 +194,13 @@ class TestBudget:
             lower(prepared)
 
 
+def test_a_model_inside_its_wrappers():
+    prepared = prepared_for(conv_net(), IMAGES)
+    expected = lower(prepared)(*IMAGES)
+    for wrapped in (nn.DataParallel(prepared), torch.compile(prepared, backend="eager")):
+        assert torch.equal(lower(wrapped)(*IMAGES), expected)
+
+
 class TestRefusals:
     def test_a_lowered_module(self):
         fixed = lower(prepared_for(conv_net(), IMAGES))
@@ -213,11 +220,6 @@ class TestRefusals:
     def test_what_is_not_prepared(self, given, message):
         with pytest.raises(UsageError, match=message):
             lower(given)
-
-    def test_a_wrapped_model_is_told_apart(self):
-        prepared = prepared_for(conv_net(), IMAGES)
-        with pytest.raises(UsageError, match=r"DataParallel wraps a prepared model; .*\.module"):
-            lower(nn.DataParallel(prepared))
 
     def test_a_model_that_saw_no_batch(self):
         with pytest.raises(TrainingError, match="has seen no batch"):

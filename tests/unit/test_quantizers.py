@@ -349,8 +349,8 @@ class TestMessages:
 
     def test_a_spec_names_all_faults_at_once(self):
         with pytest.raises(UsageError) as error:
-            QuantizerSpec("bias", "log", None, 3, widths=(8, 1))
-        for part in ("role='bias'", "scheme='log'", "has 1,", "num_channels=3 needs"):
+            QuantizerSpec("bias", "log", None, 3, widths=(8, 17))
+        for part in ("role='bias'", "scheme='log'", "has 17,", "num_channels=3 needs"):
             assert part in str(error.value)
 
     @pytest.mark.parametrize(
@@ -429,3 +429,15 @@ class TestQuantizerSet:
         del state["quantizers.layer_input.gate"]
         with pytest.raises(RuntimeError, match=r"quantizers\.layer_input\.gate"):
             Prepared().load_state_dict(state)
+
+
+def test_no_gradient_flows_back_to_an_input_of_given_bits():
+    """The first layer then computes none for it, as in the float model."""
+    spec = QuantizerSpec("input", "affine", widths=(8, 32), learned=False)
+    quantizer = Quantizer(spec, "x")
+    quantizer.set_bit_width(8)
+    assert not quantizer(torch.randn(4, 3)).requires_grad
+    assert quantizer(torch.randn(4, 3, requires_grad=True)).requires_grad
+    learned = Quantizer(QuantizerSpec("input", "affine"), "x")
+    learned.set_bit_width(8)
+    assert learned(torch.randn(4, 3)).requires_grad

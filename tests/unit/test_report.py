@@ -35,13 +35,14 @@ class ConvNet(nn.Module):
 
 
 class Tagger(nn.Module):
-    """An embedding, attention, and a layer that is not opened."""
+    """An embedding, attention, and a layer that is not opened, since it has a hook."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(50, 8)
         self.qkv = nn.Linear(8, 24)
         self.cell = nn.LSTM(8, 4, batch_first=True)
+        self.cell.register_forward_hook(lambda module, inputs, output: None)
         self.head = nn.Linear(4, 3)
 
     def forward(self, tokens):

@@ -246,3 +246,15 @@ def test_a_name_that_a_graph_needs_is_refused(name):
     model.register_buffer(name, torch.ones(1))
     with pytest.raises(UnsupportedModelError, match=rf"\['{name}'\].* rename"):
         trace(model, reserved=("quantizers",))
+
+
+def test_a_refusal_names_the_largest_part_which_can_be_prepared_alone():
+    def kept_by_data(self, x):
+        y = self.body(x)
+        return self.head(y[y.sum(1) > 0]) if bool(y.sum() > 0) else y
+
+    model = Calls(kept_by_data, body=nn.Linear(3, 8), head=nn.Linear(8, 1))
+    with pytest.raises(UnsupportedModelError) as caught:
+        trace(model, (torch.randn(2, 3),))
+    assert "prepare(model.body, ...)" in str(caught.value)
+    same_numbers(model.body, trace(model.body), torch.randn(2, 3))
