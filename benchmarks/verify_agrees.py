@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cgmq_fx.errors import UnsupportedModelError
 from cgmq_fx.export import export
+from cgmq_fx.frozen import FrozenQuantizer
 from cgmq_fx.load_exported import load_exported
 from cgmq_fx.load_packed import load_packed
 from cgmq_fx.lower import lower
@@ -42,6 +44,9 @@ import onnx_runs  # noqa: E402
 _ALL = {"bops": "100%", "weight_memory": "100%", "peak_activation_memory": "1 GiB"}
 BUDGETS: tuple[Any, ...] = ("100%", {"weight_memory": "100%"}, _ALL)
 WIDTHS = ((2, 4, 8, 16, 32), (3, 5, 7, 32), tuple(range(17)), (0, 1, 8))
+#: How far sums in another order are apart, as a share of a number and of a tenth of the largest.
+_DISTURBANCE = 1e-5
+_DISTURBED_RUNS = 8
 TABLES: tuple[Any, ...] = ("bops", ["bops", "macs"], ["macs", "energy_45nm", "bops"])
 
 
@@ -100,11 +105,10 @@ def check_program(path: Path, fixed: LoweredModule, inputs: Sequence[Any]) -> No
 
     The operators of the program multiply with 1 / scale where the module divides by scale: a value
     within rounding of the middle between two codes gets either, and what follows moves by a step.
-    All but a few numbers are equal, so, up to the sums of float kernels.
     """
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        _compare(load_exported(path)(*inputs), fixed(*inputs))
+        _compare(load_exported(path)(*inputs), fixed, inputs)
 
 
 def check_onnx(path: Path, fixed: LoweredModule, inputs: Sequence[Any]) -> None:
@@ -115,17 +119,43 @@ def check_onnx(path: Path, fixed: LoweredModule, inputs: Sequence[Any]) -> None:
         tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
         found = run(path, tensors)  # a Python number is a constant of the file
         if found is not None:
-            _compare(found, fixed(*inputs))
+            _compare(found, fixed, inputs)
 
 
-def _compare(found: Any, wanted: Any) -> None:
-    pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
-    for ours, theirs in pairs:
+def _compare(found: Any, fixed: LoweredModule, inputs: Sequence[Any]) -> None:
+    """Compare all numbers but those that the module itself changes with roundings of its sums."""
+    wanted = tree_leaves(fixed(*inputs))
+    disturbed = [_disturbed(fixed, inputs, seed) for seed in range(_DISTURBED_RUNS)]
+    for ours, theirs, *others in zip(tree_leaves(found), wanted, *disturbed, strict=True):
         if not isinstance(theirs, torch.Tensor) or not theirs.is_floating_point():
             continue
         assert ours.shape == theirs.shape
-        close = torch.isclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
-        assert close.float().mean() >= 0.8 or theirs.numel() < 5, "more than roundings apart"
+        agrees = _is_close(ours, theirs)
+        for other in others:
+            agrees |= ~_is_close(other, theirs)
+        assert agrees.float().mean() >= 0.9 or theirs.numel() < 10, "more than roundings apart"
+
+
+def _is_close(ours: Tensor, theirs: Tensor) -> Tensor:
+    return torch.isclose(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _disturbed(fixed: LoweredModule, inputs: Sequence[Any], seed: int) -> list[Any]:
+    """Return the outputs where what quantizers read is off by as much as sums in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = arguments
+        noise = torch.randn(x.shape, generator=generator)
+        return (x + _DISTURBANCE * (x.abs() + 0.1 * x.abs().max()) * noise, *rest)
+
+    quantizers = (module for module in fixed.modules() if isinstance(module, FrozenQuantizer))
+    hooks = [module.register_forward_pre_hook(disturb) for module in quantizers]
+    try:
+        return tree_leaves(fixed(*inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 CONTENT: Mapping[str, Callable[[Path, LoweredModule, Sequence[Any]], None]] = {

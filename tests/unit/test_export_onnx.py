@@ -84,6 +84,24 @@ def test_products_with_floats_are_not_rounded_by_the_runtime(tmp_path):
         torch.testing.assert_close(found, fixed(x), rtol=0, atol=2e-5)
 
 
+def test_float_weights_behind_8_bit_operands_stay_float_in_the_runtime(tmp_path):
+    """ONNX Runtime would quantize them itself."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 5, 3), nn.MaxPool2d(2), nn.ConvTranspose2d(5, 4, 3), nn.Flatten()]
+    model = nn.Sequential(*body, nn.Linear(4 * 5 * 5, 7), nn.Linear(7, 7))
+    x = torch.randn(2, 3, 8, 8)
+    made = prepare(model, "100%", example_inputs=(x,), widths=(8, 32), learn_input_bits=True).eval()
+    with torch.no_grad():
+        made(x)
+        made.set_bit_widths([32 if "weight" in name else 8 for name in made.bit_widths])
+        made(x)
+    fixed = lower(made, allow_untrained=True)
+    path = export(fixed, tmp_path / "model.onnx", example_inputs=(x,))
+    assert str(verify(path)) == str(report(fixed))
+    (found,) = onnx_runs.run(path, (x,))
+    torch.testing.assert_close(found, fixed(x), rtol=0, atol=2e-5)
+
+
 def test_the_file_is_sound_onnx_and_stores_integers(tmp_path):
     path = export(lowered(**widths(4)), tmp_path / "model.onnx", example_inputs=(X,))
     onnx.checker.check_model(str(path), full_check=True)
