@@ -10,7 +10,7 @@ from torch import Tensor
 from cgmq_fx.errors import UnsupportedModelError
 from cgmq_fx.frozen import FrozenQuantizer, FrozenWeight
 from cgmq_fx.onnx_carriers import ACTIVATION_BITS, Carrier, carrier_of
-from cgmq_fx.onnx_float_weights import keep_float_weights
+from cgmq_fx.onnx_float_products import keep_float_products
 from cgmq_fx.onnx_grids import SCALE, ZERO_POINT
 from cgmq_fx.onnx_marks import MarkWriter
 from cgmq_fx.onnx_split_bias import split_bias
@@ -28,7 +28,7 @@ class QdqWriter(MarkWriter):
     def run(self) -> None:
         """Replace all marks, and shape what ONNX Runtime fuses; see `MarkWriter.run`."""
         super().run()
-        keep_float_weights(self.graph)
+        keep_float_products(self.graph)
         split_bias(self.graph)
 
     def weight(self, output: str, name: str, module: FrozenWeight) -> list[Any]:

@@ -130,7 +130,7 @@ GROUP_OF = {
     "cgmq_fx.onnx_file": "workflow",
     "cgmq_fx.onnx_marks": "workflow",
     "cgmq_fx.onnx_split_bias": "workflow",
-    "cgmq_fx.onnx_float_weights": "workflow",
+    "cgmq_fx.onnx_float_products": "workflow",
     "cgmq_fx.export_onnx": "workflow",
     "cgmq_fx.verify": "workflow",
     "cgmq_fx.verify_bounds": "workflow",
