@@ -2,8 +2,10 @@
 
 from cgmq_fx import cost as cost
 from cgmq_fx.budget import Budget as Budget
+from cgmq_fx.calibrate import calibrate as calibrate
 from cgmq_fx.checkpoint import resume as resume
 from cgmq_fx.checkpoint import save_checkpoint as save_checkpoint
+from cgmq_fx.correct_bias import correct_bias as correct_bias
 from cgmq_fx.errors import BudgetError as BudgetError
 from cgmq_fx.errors import CgmqError as CgmqError
 from cgmq_fx.errors import CostTableError as CostTableError
@@ -22,8 +24,12 @@ from cgmq_fx.load_exported import load_exported as load_exported
 from cgmq_fx.load_packed import load_packed as load_packed
 from cgmq_fx.lower import lower as lower
 from cgmq_fx.overrides import Override as Override
+from cgmq_fx.pareto import pareto as pareto
 from cgmq_fx.prepare import prepare as prepare
+from cgmq_fx.quantize import quantize as quantize
 from cgmq_fx.report import report as report
+from cgmq_fx.round_weights import round_weights as round_weights
+from cgmq_fx.solve import solve as solve
 from cgmq_fx.verify import verify as verify
 
 __version__ = "0.1.0"

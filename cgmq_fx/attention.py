@@ -40,7 +40,7 @@ class AttentionQuantizer(Quantizer):
             scale: factor on the scores; by default ``1 / sqrt(width)``.
             enable_gqa: several query heads share a key and value head.
         """
-        if self.bit_width == FLOAT_WIDTH:
+        if self.bit_width == FLOAT_WIDTH and self.tap is None:
             if not self.is_calibrated:
                 self.calibrate(
                     attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)

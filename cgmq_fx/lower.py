@@ -30,10 +30,10 @@ def lower(prepared: PreparedModule, *, allow_untrained: bool = False) -> Lowered
     loss needs least are lowered first. `prepared` stays as it is and can be trained on.
 
     Args:
-        prepared: what `cgmq_fx.prepare` returned, trained under a guide, also where
+        prepared: what `cgmq_fx.prepare` returned, trained under a guide or calibrated, also where
             `DistributedDataParallel` or `torch.compile` wraps it. After ``fully_shard(prepared)``
             every rank has to call `lower`, and each gets the whole module.
-        allow_untrained: lower a model that was never trained under a guide.
+        allow_untrained: lower a model that was neither trained under a guide nor calibrated.
 
     Raises:
         BudgetError: no bit-widths within every budget were found.
@@ -78,10 +78,11 @@ def _prepared(given: object) -> PreparedModule:
 def _check_is_trained(prepared: PreparedModule, name: str, allow_untrained: bool) -> None:
     faults = []
     steps = int(prepared.plan.steps)
-    if steps == 0 and not allow_untrained:
+    if steps == 0 and prepared.plan.calibrated_on == 0 and not allow_untrained:
         faults.append(
             f"it was trained for {steps} steps under a guide; train it with "
-            f"cgmq_fx.attach(prepared, optimizer) or cgmq_fx.fit, or lower it untrained with "
+            f"cgmq_fx.attach(prepared, optimizer) or cgmq_fx.fit, calibrate it with "
+            f"cgmq_fx.calibrate(prepared, loader), or lower it as it is with "
             f"lower(prepared, allow_untrained=True)"
         )
     blind = [site for site, item in _quantizers(prepared).items() if not item.is_calibrated]

@@ -52,6 +52,7 @@ class Plan(nn.Module):
         steps: optimizer steps taken under a guide; a buffer, shape ().
         inputs: the forms of the inputs that it was priced for, as `cgmq_fx.input_shapes.describe`
             returns them; None where they cannot be described or no shapes are known.
+        calibrated_on: batches on which `cgmq_fx.calibrate` found the ranges; 0 before.
         statistics: what the guide knows of each site's gradient, a running mean over steps of its
             mean and of its sum of squares; a buffer, shape ``(sites, 2)``.
     """
@@ -64,6 +65,7 @@ class Plan(nn.Module):
         self.settings = settings
         self._accounting: Accounting | None = None
         self.inputs: list[Any] | None = None
+        self.calibrated_on = 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("statistics", torch.zeros(num_sites, 2, dtype=torch.float64))
 

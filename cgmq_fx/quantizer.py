@@ -4,6 +4,7 @@ It owns all state that must last: its state dict carries gate, range and whether
 what follows from them (the integer grid) is recomputed after a load.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from cgmq_fx.gates import (
     gate_for,
     is_width,
 )
+from cgmq_fx.observers import Observer, ends_by
 from cgmq_fx.quantizer_spec import QuantizerSpec, integer_grid, kernel_bounds
 
 FIT_VALUES = {"weight": 2**20, "activation": 2**14, "input": 2**14}
@@ -102,6 +104,10 @@ class Quantizer(nn.Module):
         self._sample_is_new = False
         #: Set where a range or a sample is found; who shares them with others clears it.
         self.has_news = False
+        #: The rule by which ranges are found from data.
+        self.observer: Observer = "mse"
+        #: Sees every tensor, which then passes unchanged at any width; None: they are quantized.
+        self.tap: Callable[[Tensor], None] | None = None
         self._bit_width = 0
         self._follow_gate()
 
@@ -120,7 +126,10 @@ class Quantizer(nn.Module):
         return self._round(x, self.multiplier, self.probe)
 
     def _find_range(self, x: Tensor) -> bool:
-        """Find the range or fit it where that is due; False where more tensors are needed."""
+        """Find the range or fit it where that is due; False where x is to pass unchanged."""
+        if self.tap is not None:
+            self.tap(x)
+            return False
         if not self._calibrated:
             return self._calibrate_on_all(x)
         if not torch.compiler.is_compiling():
@@ -129,6 +138,8 @@ class Quantizer(nn.Module):
 
     def _round(self, x: Tensor, multiplier: Tensor, probe: Tensor) -> Tensor:
         """Return x fake-quantized; gradients of the range and the probe go to what is given."""
+        if self.tap is not None:
+            return x
         traced = torch.compiler.is_compiling()
         return fake_quantize(
             x,
@@ -171,7 +182,8 @@ class Quantizer(nn.Module):
     @property
     def is_due(self) -> bool:
         """Whether the next tensor is looked at first: for a range, its fit, or a sample."""
-        return not self._calibrated or self._refit_due or self._sample is None
+        is_known = self._calibrated and not self._refit_due and self._sample is not None
+        return not is_known or self.tap is not None
 
     @property
     def mean_abs(self) -> float:
@@ -212,7 +224,19 @@ class Quantizer(nn.Module):
             TrainingError: x is empty or holds NaN or infinite values.
             UsageError: the shape of x does not have the quantizer's channels.
         """
-        self._fit(self._rows(x))
+        self._fit(self.rows(x))
+
+    @torch.no_grad()
+    def calibrate_on(self, rows: Tensor, observer: Observer) -> None:
+        """Set the range from gathered rows, by an observer that later fits keep to.
+
+        Args:
+            rows: (ranges, values), of `rows` or several of these side by side.
+            observer: the rule.
+        """
+        self.observer = observer
+        self._fit(rows)
+        self._sample = condensed(rows, FIT_VALUES[self.spec.role])
 
     @torch.no_grad()
     def refit(self, x: Tensor | None = None) -> None:
@@ -225,7 +249,7 @@ class Quantizer(nn.Module):
             TrainingError: as `calibrate`, or x is None and there is no sample.
             UsageError: as `calibrate`.
         """
-        self._fit(self._kept_sample() if x is None else self._rows(x))
+        self._fit(self._kept_sample() if x is None else self.rows(x))
 
     @torch.no_grad()
     def reset_multiplier(self) -> None:
@@ -279,7 +303,7 @@ class Quantizer(nn.Module):
                 f"quantizer {self.name!r}: bit_width={bit_width!r} is not a width; "
                 f"use {WIDTHS_TEXT}"
             )
-        rows = self._kept_sample() if x is None else self._rows(x)
+        rows = self._kept_sample() if x is None else self.rows(x)
         if bit_width == FLOAT_WIDTH:
             return 0.0
         ends = observed_ends(rows, self.spec.scheme)
@@ -307,7 +331,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _calibrate_on_all(self, x: Tensor) -> bool:
         """Calibrate once every tensor of a forward was seen; return whether that is now."""
-        rows = self._gather(self._rows(x))
+        rows = self._gather(self.rows(x))
         if rows is not None:
             self._fit(rows)
         return rows is not None
@@ -324,7 +348,7 @@ class Quantizer(nn.Module):
             self.refit()
             self._sample_is_new = False
         elif self._sample is None or wants_new:
-            rows = self._gather(self._rows(x))
+            rows = self._gather(self.rows(x))
             if rows is not None:
                 self._sample, self._sample_is_new, self.has_news = rows, True, True
 
@@ -343,16 +367,17 @@ class Quantizer(nn.Module):
     def _fit(self, rows: Tensor) -> None:
         ends = observed_ends(rows, self.spec.scheme)
         if self._bit_width != FLOAT_WIDTH:
-            fitted = subsample(rows, FIT_VALUES[self.spec.role])
-            ends = least_squares_ends(fitted, ends, self.spec.scheme, self._bit_width)
+            is_rank = self.observer in ("percentile", "entropy")  # of these every value counts
+            fitted = rows if is_rank else subsample(rows, FIT_VALUES[self.spec.role])
+            ends = ends_by(self.observer, fitted, ends, self.spec.scheme, self._bit_width)
         # Only the buffer depends on data: distributed training pools it over the ranks.
         self.base.copy_(ends)
         self.reset_multiplier()
         self._keep_sample(rows)
         self._set_flags(calibrated=True, refit_due=False)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Return x as one row per range, checked."""
+    def rows(self, x: Tensor) -> Tensor:
+        """Return x as (ranges, values). Raises as `calibrate`."""
         axis = self.spec.channel_axis
         fits = axis is None or (
             -x.ndim <= axis < x.ndim and x.shape[axis] == self.spec.num_channels

@@ -22,6 +22,7 @@ def memory_of(quantizer: Quantizer) -> dict[str, Any]:
         "sample": quantizer._sample,
         "gathered": list(quantizer._gathered),
         "sample_is_new": quantizer._sample_is_new,
+        "observer": quantizer.observer,
     }
 
 
@@ -31,6 +32,7 @@ def restore_memory(quantizer: Quantizer, memory: dict[str, Any]) -> None:
     quantizer._sample = None if sample is None else sample.to(device)
     quantizer._gathered = [rows.to(device) for rows in memory["gathered"]]
     quantizer._sample_is_new = memory["sample_is_new"]
+    quantizer.observer = memory["observer"]
 
 
 def sample_of(quantizer: Quantizer) -> Tensor:

@@ -172,7 +172,7 @@ def _choose(
     result = exact()
     if torch.is_grad_enabled() and any(_is_asked(item) for item in held):
         return tuple(map(_joined, result, opened(*plain)))
-    if not all(item.is_calibrated for item in held):
+    if any(item.tap is not None or not item.is_calibrated for item in held):
         with torch.no_grad():
             opened(*plain)
     return result

@@ -17,7 +17,7 @@ class StateQuantizer(Quantizer):
     @property
     def is_due(self) -> bool:
         """Whether `settle` has something to do before the next sequence is quantized."""
-        if not self.is_calibrated:
+        if not self.is_calibrated or self.tap is not None:
             return True
         return not torch.compiler.is_compiling() and (self.refit_pending or not self.has_sample)
 
