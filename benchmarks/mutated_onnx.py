@@ -52,6 +52,8 @@ def change(message: Any, rng: random.Random) -> None:
             change(value, rng)
         elif rng.random() < 0.2:
             message.ClearField(field.name)
+        elif field.enum_type is not None:
+            setattr(message, field.name, rng.choice(list(field.enum_type.values_by_number)))
         else:
             setattr(message, field.name, _other(value, rng))
         return
