@@ -175,6 +175,12 @@ def batches(split: Split, *, augmented: bool = True) -> Iterator[Split]:
         yield x, labels[chosen]
 
 
+def calibration(train: Split, samples: int = 512) -> list[Tensor]:
+    """Return batches of training samples without labels, spread over all of them."""
+    step = len(train[0]) // samples
+    return list(train[0][::step][:samples].split(BATCH))
+
+
 def _shifted(x: Tensor) -> Tensor:
     padded = F.pad(x, (4, 4, 4, 4))
     down, right = (int(torch.randint(9, ())) for _ in range(2))
