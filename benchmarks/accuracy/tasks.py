@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "speed"), str(ROOT / "exampl
 from latency_networks import mobilenet, vgg  # noqa: E402
 from networks import ResNet, VisionTransformer  # noqa: E402
 
-from mnist import LeNet5  # noqa: E402
+from mnist_plain import LeNet5  # noqa: E402
 from torchvision_shim import torchvision  # noqa: E402
 
 BATCH = 64

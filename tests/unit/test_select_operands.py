@@ -321,8 +321,8 @@ REFUSED = {
     ),
     "unknown keys": ({"overrides": {"head": {"bits": 4}}}, ("overrides['head']", "['bits']")),
     "bad widths": (
-        {"overrides": {"head": {"bit_width": 1, "widths": (4, True, 99)}}},
-        ("bit_width=1 must", "has [True, 99]", "give one of them"),
+        {"overrides": {"head": {"bit_width": 17, "widths": (4, True, 99)}}},
+        ("bit_width=17 must", "has [True, 99]", "give one of them"),
     ),
     "a role without its key": (
         {"overrides": {"head": {"role": "input", "per_channel": True}}},
