@@ -33,7 +33,49 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
                     program, *words = shlex.split(line)
                     assert program == "cgmq-fx"
                     assert main(words) == 0
+    MEANT[page.stem](found)
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "deploy.md").read_text()
+    assert {page.stem for page in PAGES} == set(re.findall(r"\(deploy/(\w+)\.md\)", index))
+    assert set(MEANT) == {page.stem for page in PAGES}
+
+
+def check_inductor(found):
     # A value in the middle between two codes may get either, and what follows moves with it.
     with torch.no_grad():
         torch.testing.assert_close(found["y"], found["module"](found["x"]), rtol=0, atol=5e-3)
     assert found["int8_kernels"] > 0
+
+
+def fixed_of(found):
+    """Return the module that the first file of a page made, and what it returns."""
+    fixed = runpy.run_path("export.py")["fixed"]
+    return fixed, fixed(torch.from_numpy(found["x"]))
+
+
+def check_onnxruntime(found):
+    _, wanted = fixed_of(found)
+    torch.testing.assert_close(found["y"], wanted, rtol=0, atol=5e-3)
+    assert found["int8_kernels"] == 2  # the second convolution feeds a mean in float
+
+
+def check_qonnx(found):
+    fixed, wanted = fixed_of(found)
+    torch.testing.assert_close(found["y"], wanted, rtol=0, atol=1e-4)
+    assert set(found["bits"].values()) & set(fixed.bit_widths.values()) & {2, 3, 5, 8}
+
+
+def check_packed(found):
+    assert found["bits"] == runpy.run_path("export.py")["fixed"].bit_widths
+    assert 0 < found["total"] <= 3 * 1024
+    assert found["arrays"]
+
+
+MEANT = {
+    "inductor": check_inductor,
+    "onnxruntime": check_onnxruntime,
+    "packed": check_packed,
+    "qonnx": check_qonnx,
+}
