@@ -71,10 +71,11 @@ def mnist(root: str) -> tuple[Split, Split]:
 
 def cifar(root: str) -> tuple[Split, Split]:
     """Return 8,000 training and 2,000 test images of the JPEG copy, as many of each class."""
-    return _cifar_part(root, "train", 800), _cifar_part(root, "test", 200)
+    return cifar_part(root, "train", 800), cifar_part(root, "test", 200)
 
 
-def _cifar_part(root: str, part: str, per_class: int) -> Split:
+def cifar_part(root: str, part: str, per_class: int) -> Split:
+    """Return the first images of each class."""
     kept = CACHE / f"cifar-{part}-{per_class}.pt"
     if not kept.exists():
         held = torchvision.datasets.ImageFolder(os.path.join(root, "cifar10-jpeg", part))
