@@ -34,6 +34,29 @@ def model_inputs(
         UsageError: a batch is none of these, there is none, or `batches` makes no sense.
         UnsupportedModelError: a batch does not have what the model takes.
     """
+    given = taken(loader, batches, caller)
+    first = next(prepared.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    count = 0
+    for count, batch in enumerate(given, start=1):
+        args, kwargs = _arguments(prepared, batch, f"{caller}, batch {count}")
+        bound = bind_inputs(prepared.graph, args, kwargs)
+        yield map_tensors(lambda x: x.to(device), bound)
+    if not count:
+        raise UsageError(f"{caller}: the loader gave no batch; give one that is not empty")
+
+
+def taken(loader: Iterable[Any], batches: int | None, caller: str) -> Iterator[Any]:
+    """Return the first batches of a loader.
+
+    Args:
+        loader: the batches.
+        batches: how many; None: all.
+        caller: what messages call the function that wants them.
+
+    Raises:
+        UsageError: `loader` is none, or `batches` makes no sense.
+    """
     if batches is not None and (isinstance(batches, bool) or batches < 1):
         raise UsageError(f"{caller}: batches={batches!r} must be at least 1, or None for all")
     if not isinstance(loader, Iterable) or isinstance(loader, Tensor | str):
@@ -41,15 +64,7 @@ def model_inputs(
             f"{caller} got the loader {type(loader).__name__}; give a DataLoader, or a list of "
             f"batches such as [x]"
         )
-    first = next(prepared.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    count = 0
-    for count, batch in enumerate(islice(loader, batches), start=1):
-        args, kwargs = _arguments(prepared, batch, f"{caller}, batch {count}")
-        bound = bind_inputs(prepared.graph, args, kwargs)
-        yield map_tensors(lambda x: x.to(device), bound)
-    if not count:
-        raise UsageError(f"{caller}: the loader gave no batch; give one that is not empty")
+    return islice(loader, batches)
 
 
 def run(prepared: PreparedModule, inputs: Inputs) -> Any:

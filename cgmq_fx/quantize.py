@@ -1,12 +1,12 @@
 """`quantize`: post-training quantization in one call, by preset."""
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any, Literal, get_args
 
 from torch import nn
 
 from cgmq_fx.calibrate import calibrate
+from cgmq_fx.calibration_data import taken
 from cgmq_fx.correct_bias import correct_bias
 from cgmq_fx.errors import UsageError
 from cgmq_fx.lower import lower
@@ -69,8 +69,9 @@ def quantize(
         options.setdefault("widths", _MIXED_WIDTHS)
     else:
         options["overrides"] = {**_FIXED[preset], **options.get("overrides", {})}
+    given = taken(loader, batches, "quantize")
     prepared = prepare(model, "100%" if budget is None else budget, **options)
-    kept = list(islice(loader, batches))
+    kept = list(given)
     calibrate(prepared, kept, observer=observer)
     if preset == "mixed":
         solve(prepared, kept, batches=_SOLVE_BATCHES)

@@ -331,6 +331,8 @@ def test_presets_take_overrides_and_are_checked():
     ):
         with pytest.raises(UsageError, match=message):
             cgmq_fx.quantize(network(), data, **options)
+    with pytest.raises(UsageError, match="quantize got the loader Tensor; give a DataLoader"):
+        cgmq_fx.quantize(network(), data[0])
     with pytest.raises(BudgetError, match="below the floor"):
         cgmq_fx.quantize(network(), data, budget="1%", example_inputs=(data[0],))
 
