@@ -36,6 +36,7 @@ from cgmq_fx.verify import verify
 
 sys.path[:0] = [str(Path(__file__).parent)]  # the modules beside this script
 
+import executorch_runs  # noqa: E402
 import onnx_runs  # noqa: E402
 
 # Copies of codes beside a float tensor may take more than the float network: no share bounds them.
@@ -118,6 +119,18 @@ def check_onnx(path: Path, fixed: LoweredModule, inputs: Sequence[Any]) -> None:
             _compare(found, fixed(*inputs))
 
 
+def check_pte(path: Path, fixed: LoweredModule, inputs: Sequence[Any]) -> None:
+    """Compare what ExecuTorch's runtime returns with what the module does.
+
+    XNNPACK rounds biases and the sums of its int8 layers to integers: a value near the middle
+    between two codes gets either.
+    """
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        _compare(executorch_runs.run(path, tensors), fixed(*inputs))
+
+
 def _compare(found: Any, wanted: Any) -> None:
     pairs = zip(tree_leaves(found), tree_leaves(wanted), strict=True)
     for ours, theirs in pairs:
@@ -131,6 +144,7 @@ def _compare(found: Any, wanted: Any) -> None:
 CONTENT: Mapping[str, Callable[[Path, LoweredModule, Sequence[Any]], None]] = {
     ".safetensors": check_packed,
     ".pt2": check_program,
+    ".pte": check_pte,
     ".onnx": check_onnx,
     ".qonnx.onnx": check_onnx,
 }

@@ -1,19 +1,20 @@
 """Puts a quantizer in front of what moves values, too."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 from torch import fx
 
 from cgmq_fx.frozen import FrozenAttention, FrozenQuantizer
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.moving_calls import moves_values
+from cgmq_fx.xnnpack_modules import is_eight_bit
 
 
 @final
 @dataclass(frozen=True)
 class RepeatQuantizers(GraphPass):
-    """Call a frozen quantizer of one grid in front of what moves values, besides behind it.
+    """Call a frozen quantizer of up to 8 bits in front of what moves values, besides behind it.
 
     That are reshapes, permutations and maximum pooling, which commute with rounding to a grid.
     Compilers then see a quantize operator right behind the convolution that computes the values,
@@ -58,9 +59,5 @@ def _quantizes(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return False
     module = gm.get_submodule(str(node.target))
-    return (
-        isinstance(module, FrozenQuantizer)
-        and not isinstance(module, FrozenAttention)
-        and module.channel_axis is None
-        and module.scale.numel() == 1
-    )
+    is_quantizer = isinstance(module, FrozenQuantizer) and not isinstance(module, FrozenAttention)
+    return is_quantizer and is_eight_bit(module)

@@ -152,7 +152,7 @@ def _output_grid(gm: fx.GraphModule, layer: fx.Node) -> FrozenQuantizer | None:
         (user,) = user.users
     grid = _activation(gm, user)
     # Of two activations, a ReLU and the clamp of a narrow grid, XNNPACK takes one for its own.
-    return None if grid is None or rectified and clamps(grid) else grid
+    return None if grid is None or (rectified and clamps(grid)) else grid
 
 
 def _is_rectifier(gm: fx.GraphModule, node: fx.Node) -> bool:
