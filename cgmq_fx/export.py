@@ -12,6 +12,7 @@ from cgmq_fx.errors import BudgetError, CgmqError, UsageError
 from cgmq_fx.export_onnx import write_qdq, write_qonnx
 from cgmq_fx.export_packed import write_packed
 from cgmq_fx.export_program import write_program
+from cgmq_fx.export_pte import write_pte
 from cgmq_fx.lowered import LoweredModule
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.report import Report, report
@@ -21,6 +22,7 @@ from cgmq_fx.verify import verify
 _WRITERS: Mapping[str, Callable[[LoweredModule, Report, Path, Sequence[Any] | None], None]] = {
     "onnx": write_qdq,
     "pt2": write_program,
+    "pte": write_pte,
     "qonnx": write_qonnx,
     "safetensors": lambda fixed, contents, path, _: write_packed(fixed, contents, path),
 }
@@ -29,6 +31,7 @@ _ENDINGS: Mapping[str, str] = {
     ".qonnx.onnx": "qonnx",
     ".onnx": "onnx",
     ".pt2": "pt2",
+    ".pte": "pte",
     ".safetensors": "safetensors",
 }
 
@@ -46,7 +49,8 @@ def export(
     and the cost tables in a manifest (docs/formats/safetensors.md). ``.pt2``: a program of
     `torch.export` with PyTorch's standard quantization operators, and the same manifest
     (docs/formats/pt2.md). ``.onnx``: QuantizeLinear and DequantizeLinear with integer weights, for
-    ONNX Runtime; ``.qonnx.onnx``: Quant nodes of QONNX (docs/formats/onnx.md). The file is written
+    ONNX Runtime; ``.qonnx.onnx``: Quant nodes of QONNX (docs/formats/onnx.md). ``.pte``: a program
+    of ExecuTorch whose int8 layers XNNPACK computes (docs/formats/pte.md). The file is written
     beside its place, `cgmq_fx.verify` recomputes every cost from it, and only then does it take its
     place: an older file there stays as it was if anything fails.
 
@@ -55,8 +59,8 @@ def export(
         path: where to; the folder must be there.
         example_inputs: one value for each argument of its forward, for the formats that hold
             programs.
-        format: ``"onnx"``, ``"pt2"``, ``"qonnx"`` or ``"safetensors"``; by default what the path
-            ends with says.
+        format: ``"onnx"``, ``"pt2"``, ``"pte"``, ``"qonnx"`` or ``"safetensors"``; by default
+            what the path ends with says.
 
     Raises:
         UsageError: there is no such format or suffix, `fixed` is not lowered, or holds what the

@@ -13,6 +13,7 @@ import torch
 
 # The operators are registered by this import.
 import torch.ao.quantization.fx._decomposed
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cgmq_fx.attention import attention_weights, weighted_values
@@ -134,11 +135,12 @@ class StandardQuantizer(StandardModule):
             Else they are as they were.
         clamp: what an operator of its own clamps, where the codes are fewer than their type holds:
             ``values`` before they are quantized, or ``codes`` after. It changes no number, and is
-            for compilers that overlook ``quant_min`` and ``quant_max``.
+            for compilers that overlook ``quant_min`` and ``quant_max``. None: nothing, where the
+            values are known to lie on the grid.
     """
 
     def __init__(
-        self, frozen: FrozenQuantizer, *, signed: bool = False, clamp: Clamp = "codes"
+        self, frozen: FrozenQuantizer, *, signed: bool = False, clamp: Clamp | None = "codes"
     ) -> None:
         super().__init__(frozen)
         if frozen.is_binary:
@@ -174,7 +176,8 @@ class StandardQuantizer(StandardModule):
             qparams = (*self._one, *self.ends)
             if self.clamp == "values":
                 scale, zero_point = self._one
-                x = x.clamp(*((end - zero_point) * scale for end in self.ends[:2]))
+                low, high = ((end - zero_point) * scale for end in self.ends[:2])
+                x = F.hardtanh(x, low, high)  # XNNPACK takes it for a part of the layer before
             codes = self._clamped(ops.quantize_per_tensor.default(x, *qparams))
             value: Tensor = ops.dequantize_per_tensor.default(codes, *qparams)
         else:

@@ -47,7 +47,7 @@ def standard_program(
     twin = copy.deepcopy(fixed)
     Pipeline((spelling,)).run(twin)
     module = fx.GraphModule(twin, twin.graph, type(fixed).__name__)
-    _own_storage(module)
+    own_storage(module)
     batch_axis = fixed.plan.settings.batch_axis
     program = _exported(module, tuple(example_inputs), batch_axis)
     _name_quantizers(program, module, quantizers)
@@ -57,7 +57,7 @@ def standard_program(
     return program
 
 
-def _own_storage(module: nn.Module) -> None:
+def own_storage(module: nn.Module) -> None:
     """Give every tensor memory of its own, in order and without gaps, as files hold it."""
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:

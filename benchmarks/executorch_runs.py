@@ -1,0 +1,15 @@
+"""Runs exported ``.pte`` files in ExecuTorch's runtime."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+
+def run(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a file, all of them."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+    return [output.clone() for output in method.execute([item.contiguous() for item in inputs])]

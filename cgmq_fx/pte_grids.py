@@ -1,0 +1,243 @@
+"""The quantizers of a ``.pte`` file: what its program and its bytes say, held to the manifest."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from cgmq_fx.container import ITEM_BYTES, FileFault, StoredTensor
+from cgmq_fx.errors import UsageError
+from cgmq_fx.manifest import OWN, POOL, Manifest, StoredGrid, StoredWeight
+from cgmq_fx.packed_file import CODES
+from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH, pack
+from cgmq_fx.pools import NUMPY_TYPES, Array, array_of
+from cgmq_fx.pte_activations import ActivationReader
+from cgmq_fx.pte_places import Place, fits
+from cgmq_fx.pte_reader import PteFile
+from cgmq_fx.xnnpack_reader import FLOAT, QCINT8, QCINT32, QINT8, XnnValue, read_xnnpack
+
+#: Type of the elements of each type of XNNPACK.
+_ITEMS = {FLOAT: "F32", QINT8: "I8", QCINT8: "I8", QCINT32: "I32"}
+
+
+class PteGrids:
+    """Brings the tensors of a file into the form of a packed file.
+
+    Args:
+        file: what it holds.
+        fault: makes the errors.
+
+    Attributes:
+        graphs: of the parts for XNNPACK.
+        constants: by key, the tensors of the program and of its parts, without those of the format.
+        read_as: by key, the tensors of XNNPACK that have these bytes.
+        tensors: by name, complete where `faults` yields nothing.
+
+    Raises:
+        FileFormatError: a part for XNNPACK is malformed.
+    """
+
+    def __init__(self, file: PteFile, fault: FileFault) -> None:
+        self.file = file
+        self.graphs = [read_xnnpack(data, fault) for data in file.delegates]
+        self.read_as: dict[str, list[XnnValue]] = {}
+        for graph in self.graphs:
+            for value in graph.values.values():
+                for key in (value.key, value.scale_key):
+                    if key and key not in file.named:
+                        raise fault("has a tensor for XNNPACK whose numbers it has not")
+                if value.key:
+                    self.read_as.setdefault(value.key, []).append(value)
+        self.scale_keys = {
+            value.scale_key for held in self.read_as.values() for value in held if value.scale_key
+        }
+        self.constants = {item.name: item for item in file.constants.values()}
+        for key, held in self.read_as.items():
+            self.constants[key] = self._constant(key, held, fault)
+        self.tensors: dict[str, StoredTensor] = {}
+
+    def _constant(self, key: str, held: Sequence[XnnValue], fault: FileFault) -> StoredTensor:
+        data = np.frombuffer(self.file.named[key], np.uint8)
+        for value in held:
+            if math.prod(value.shape) * ITEM_BYTES[_ITEMS[value.kind]] != data.size:
+                raise fault(f"has a tensor {list(value.shape)} for XNNPACK in {data.size:,} bytes")
+        return StoredTensor(key, _ITEMS[held[0].kind], held[0].shape, data)
+
+    def faults(self, manifest: Manifest, places: Sequence[Place]) -> Iterator[str]:
+        """Yield what contradicts the manifest; each step relies on those before it."""
+        weights = {weight.name: weight for weight in manifest.weights}
+        activations = ActivationReader(manifest, self.file, self.graphs, self.numbers)
+        claims: dict[str, list[Place]] = {}
+        for place in places:
+            claims.setdefault(place.key, []).append(place)
+
+        def of_weights() -> Iterator[str]:
+            for weight in weights.values():
+                yield from self._weight_faults(weight, [p for p in places if p.name == weight.name])
+
+        steps = (
+            lambda: self._pool_faults(manifest),
+            lambda: self._claim_faults(claims, activations),
+            of_weights,
+            lambda: self._reading_faults(weights, claims),
+            activations.faults,
+            lambda: self._other_faults(manifest, [p for p in places if p.name not in weights]),
+        )
+        for step in steps:
+            found = list(step())
+            yield from found
+            if found:
+                return
+
+    # -- numbers of grids ------------------------------------------------------------------------
+
+    def _pool_faults(self, manifest: Manifest) -> Iterator[str]:
+        for key, held in self.file.named.items():
+            dtype = key.removeprefix(f"{POOL}.")
+            if dtype != key and dtype in NUMPY_TYPES:
+                size = ITEM_BYTES.get(dtype, 1)
+                data = np.frombuffer(held, np.uint8)
+                self.tensors[key] = StoredTensor(key, dtype, (data.size // size,), data)
+                if data.size % size:
+                    yield f"{key!r} has {data.size:,} bytes"
+        for grid in manifest.grids:
+            for place in (grid.scale, grid.zero_point):
+                held_pool = self.tensors.get(f"{POOL}.{place.dtype}") if place is not None else None
+                if place is not None and (held_pool is None or place.stop > held_pool.elements):
+                    yield f"{grid.name!r} has numbers at {place}, which is no place in a pool"
+            if not MIN_WIDTH <= grid.bits <= MAX_WIDTH:
+                yield f"{grid.name!r} has {grid.bits} bits, not {MIN_WIDTH} to {MAX_WIDTH}"
+
+    def numbers(self, grid: StoredGrid) -> tuple[Array, Array]:
+        """Return scale and zero_point of a grid, 0 where it has none."""
+        found = []
+        for place in (grid.scale, grid.zero_point):
+            if place is None:
+                found.append(np.zeros((), np.int64))
+                continue
+            pool = array_of(self.tensors[f"{POOL}.{place.dtype}"])
+            found.append(pool[place.at : place.stop].reshape(place.shape))
+        return found[0], found[1]
+
+    # -- who has which bytes ---------------------------------------------------------------------
+
+    def _claim_faults(
+        self, claims: Mapping[str, Sequence[Place]], activations: ActivationReader
+    ) -> Iterator[str]:
+        own = {key for key in self.file.named if key.startswith(OWN)}
+        known = {*self.constants, *self.scale_keys}
+        for key in sorted(set(self.file.named) - own - known):
+            yield f"nothing reads the bytes {key!r}"
+        for key in sorted(known & own):
+            yield f"the bytes {key!r} are those of the format"
+        for key in sorted(set(self.constants) - set(claims) - activations.constants):
+            yield f"no tensor of the manifest has the bytes {key!r}"
+        for key, held in claims.items():
+            item = self.constants.get(key)
+            if item is None:
+                yield f"{held[0].name!r} has the bytes {key!r}, which are none of a tensor"
+                continue
+            for place in held:
+                if not fits(place, item.shape):
+                    yield f"{place.name!r} has the shape {list(place.view)} in the file"
+
+    def _reading_faults(
+        self, weights: Mapping[str, StoredWeight], claims: Mapping[str, Sequence[Place]]
+    ) -> Iterator[str]:
+        """Yield tensors of XNNPACK whose integers are read on the grid of no weight."""
+        for key, held in self.read_as.items():
+            for value in held:
+                owners = [p for p in claims.get(key, ()) if p.name in weights]
+                if value.kind == QCINT8 and not any(
+                    self._has_scale(weights[place.name], place, value) for place in owners
+                ):
+                    yield f"the integers {key!r} are read on a grid that no weight has"
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def _weight_faults(self, weight: StoredWeight, places: Sequence[Place]) -> Iterator[str]:
+        """Yield what is wrong with a weight; add its packed codes to `tensors`."""
+        forms: list[Array] = []
+        for place in places:
+            if not fits(place, weight.shape):
+                yield f"{weight.name!r} of shape {list(weight.shape)} has {list(place.view)}"
+                continue
+            item, read = self.constants[place.key], self.read_as.get(place.key, ())
+            stored = place.in_module(array_of(item), weight.shape)
+            if any(self._has_scale(weight, place, value) for value in read):
+                forms.append(stored)
+            elif item.dtype == "F32":
+                found = self._codes_of(weight, stored)
+                if found is None:
+                    yield (
+                        f"the manifest gives {weight.name!r} {weight.bits} bits, and its values "
+                        f"do not lie on that grid"
+                    )
+                else:
+                    forms.append(found)
+        if not forms:
+            yield f"the program does not have the weight {weight.name!r}"
+            return
+        if any(not np.array_equal(forms[0], other) for other in forms[1:]):
+            yield f"{weight.name!r} stands there twice, with other numbers"
+        try:
+            packed = pack(forms[0], weight.bits, signed=weight.signed)
+        except UsageError as error:
+            yield f"{weight.name!r}: {error}"
+            return
+        name = weight.name + CODES
+        self.tensors[name] = StoredTensor(name, "U8", packed.shape, packed)
+
+    def _has_scale(self, weight: StoredWeight, place: Place, value: XnnValue) -> bool:
+        """Tell whether XNNPACK reads integers on the grid of a weight."""
+        if value.kind != QCINT8 or value.scale_key not in self.file.named:
+            return False
+        held = self.file.named[value.scale_key]
+        scale, zero_point = self.numbers(weight)
+        if len(held) % 4 or zero_point.any():
+            return False
+        found = np.frombuffer(held, "<f4")
+        if scale.size == 1:
+            return bool(found.size and (found == scale.reshape(-1)[0]).all())
+        axis = weight.channel_axis
+        if axis is None or place.view != tuple(weight.shape) or not np.array_equal(found, scale):
+            return False
+        behind = place.axes[place.axes.index(axis % len(place.view)) + 1 :]
+        step = math.prod(place.view[other] for other in behind)
+        return math.prod(value.shape[value.channel_axis + 1 :]) == step
+
+    def _codes_of(self, weight: StoredWeight, values: Array) -> Array | None:
+        """Return the codes of real values; None where they do not lie on the grid."""
+        scale, zero_point = self.numbers(weight)
+        if weight.channel_axis is not None and scale.ndim == 1:
+            shape = [1] * len(weight.shape)
+            shape[weight.channel_axis % max(1, len(shape))] = -1
+            scale = scale.reshape(shape)
+        try:
+            with np.errstate(all="ignore"):
+                steps = np.rint(values.astype(np.float64) / scale.astype(np.float64))
+                steps = np.where(np.isfinite(steps), steps, 0)
+                again = steps.astype(np.float32) * scale.astype(np.float32)
+                codes = steps + zero_point
+        except ValueError:  # the shapes do not broadcast
+            return None
+        is_same = again.shape == values.shape and np.array_equal(again, values)
+        if not is_same or codes.shape != values.shape or np.abs(codes).max(initial=0) > 1 << 20:
+            return None
+        return codes.astype(np.int32)
+
+    # -- other tensors ---------------------------------------------------------------------------
+
+    def _other_faults(self, manifest: Manifest, places: Sequence[Place]) -> Iterator[str]:
+        """Take the other tensors; yield those that the manifest does not know."""
+        known = {*manifest.parameters, *manifest.buffers}
+        for place in places:
+            item = self.constants[place.key]
+            if place.name not in known:
+                yield f"the manifest does not know the tensor {place.name!r}"
+            elif place.name in self.tensors:
+                yield f"the tensor {place.name!r} stands there twice"
+            else:
+                self.tensors[place.name] = StoredTensor(
+                    place.name, item.dtype, item.shape, item.data
+                )
