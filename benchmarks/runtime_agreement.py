@@ -4,10 +4,10 @@
 
 LeNet-5 on MNIST and ResNet-20 on the JPEG copy of CIFAR-10 (`accuracy/tasks.py`), quantized without
 training to 8 bits and to mixed bit-widths, in PyTorch, in ONNX Runtime (as the file says it and
-optimized), compiled by Inductor, and in integers (`fixed.integer_reference`). It tells the accuracy
-in each, the share of test images that get the class that PyTorch gives them, the largest difference
-of a logit, and the size of every file beside float32. It ends with 1 where fewer than 99.9 % of
-MNIST's or 99.5 % of CIFAR's images get the same class.
+optimized), compiled by Inductor, in ExecuTorch, and in integers (`fixed.integer_reference`). It
+tells the accuracy in each, the share of test images that get the class that PyTorch gives them, the
+largest difference of a logit, and the size of every file beside float32. It ends with 1 where fewer
+than 99.9 % of MNIST's or 99.5 % of CIFAR's images get the same class.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch._inductor import config
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "accuracy")]
 
+import executorch_runs  # noqa: E402
 import onnx_runs  # noqa: E402
 from tasks import TASKS, Split, Task, calibration, cifar, cifar_part, float_model  # noqa: E402
 
@@ -32,7 +33,7 @@ import cgmq_fx  # noqa: E402
 from cgmq_fx.lowered import LoweredModule  # noqa: E402
 
 LEAST = {"LeNet-5": 99.9, "ResNet-20": 99.5}
-SUFFIXES = (".safetensors", ".onnx", ".qonnx.onnx", ".pt2")
+SUFFIXES = (".safetensors", ".onnx", ".qonnx.onnx", ".pt2", ".pte")
 _BATCH = 500
 
 Run = Callable[[Tensor], Tensor]
@@ -50,6 +51,7 @@ def runs(fixed: LoweredModule, files: Mapping[str, Path]) -> dict[str, Run]:
         "ONNX Runtime, unoptimized": lambda x: _outputs(plain, x),
         "ONNX Runtime": lambda x: _outputs(optimized, x),
         "Inductor": program,
+        "ExecuTorch": lambda x: executorch_runs.run(files[".pte"], [x])[0],
     }
 
 

@@ -79,11 +79,26 @@ def _exported(
     own_storage(module)
     shapes = _open_batch(inputs, fixed.plan.settings.batch_axis)
     try:
-        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except CgmqError:
         raise
     except Exception as error:  # torch.export raises whatever the module does
         raise _unsupported(fixed, error, "torch.export") from error
+    _repeat_dequantize(program.graph)
+    return program
+
+
+def _repeat_dequantize(graph: fx.Graph) -> None:
+    """Give every reader of codes a dequantize operator of its own.
+
+    XNNPACK's partitioner takes one for a part of an int8 layer, and with it all that it goes to.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or "quantized_decomposed.dequantize" not in str(node.target):
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.node_copy(node))
 
 
 def _open_batch(inputs: tuple[Any, ...], axis: int | None) -> Any:
@@ -115,7 +130,8 @@ def _delegated(program: torch.export.ExportedProgram) -> Any:
 def _configurations() -> list[Any]:
     """Return what XNNPACK may take: of quantize and dequantize operators those of int8 alone.
 
-    Its own configurations take any, and compute wrong numbers or fail.
+    Its own configurations take any, and compute wrong numbers or fail. Batch norms that are left
+    are not taken: XNNPACK would fold them into weights, off their grids.
     """
     from executorch.backends.xnnpack.partition import config
     from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
@@ -132,7 +148,8 @@ def _configurations() -> list[Any]:
 
         return Narrowed
 
-    return [narrowed(kind) for kind in config.ALL_PARTITIONER_CONFIGS]
+    kinds = (kind for kind in config.ALL_PARTITIONER_CONFIGS if kind is not config.BatchNormConfig)
+    return [narrowed(kind) for kind in kinds]
 
 
 def _touches_foreign(node: fx.Node) -> bool:
@@ -166,9 +183,13 @@ def _left_weights(edge: Any) -> frozenset[str]:
 
 
 def _unsupported(fixed: LoweredModule, error: Exception, step: str) -> UnsupportedModelError:
+    deepest: BaseException = error
+    while deepest.__cause__ is not None:
+        deepest = deepest.__cause__
+    texts = dict.fromkeys(f"{type(item).__name__}: {item}" for item in (error, deepest))
     return UnsupportedModelError(
-        f"{type(fixed).__name__} has no form in ExecuTorch: {step} says {type(error).__name__}: "
-        f"{str(error)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or batch_axis=None in "
+        f"{type(fixed).__name__} has no form in ExecuTorch: {step} says "
+        f"{'; '.join(texts)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or batch_axis=None in "
         f"prepare, which fix the shapes; other operations; or the export to .safetensors, which "
         f"holds any graph."
     )

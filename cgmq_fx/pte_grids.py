@@ -1,7 +1,7 @@
 """The quantizers of a ``.pte`` file: what its program and its bytes say, held to the manifest."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class PteGrids:
             for weight in weights.values():
                 yield from self._weight_faults(weight, [p for p in places if p.name == weight.name])
 
-        steps = (
+        steps: tuple[Callable[[], Iterator[str]], ...] = (
             lambda: self._pool_faults(manifest),
             lambda: self._claim_faults(claims, activations),
             of_weights,
@@ -110,7 +110,7 @@ class PteGrids:
 
     def numbers(self, grid: StoredGrid) -> tuple[Array, Array]:
         """Return scale and zero_point of a grid, 0 where it has none."""
-        found = []
+        found: list[Array] = []
         for place in (grid.scale, grid.zero_point):
             if place is None:
                 found.append(np.zeros((), np.int64))
@@ -224,7 +224,8 @@ class PteGrids:
         is_same = again.shape == values.shape and np.array_equal(again, values)
         if not is_same or codes.shape != values.shape or np.abs(codes).max(initial=0) > 1 << 20:
             return None
-        return codes.astype(np.int32)
+        held: Array = codes.astype(np.int32)
+        return held
 
     # -- other tensors ---------------------------------------------------------------------------
 

@@ -55,6 +55,11 @@ def fixed_of(found):
     return fixed, fixed(torch.from_numpy(found["x"]))
 
 
+def check_executorch(found):
+    _, wanted = fixed_of(found)
+    torch.testing.assert_close(found["y"], wanted, rtol=0, atol=5e-3)
+
+
 def check_onnxruntime(found):
     _, wanted = fixed_of(found)
     torch.testing.assert_close(found["y"], wanted, rtol=0, atol=5e-3)
@@ -74,6 +79,7 @@ def check_packed(found):
 
 
 MEANT = {
+    "executorch": check_executorch,
     "inductor": check_inductor,
     "onnxruntime": check_onnxruntime,
     "packed": check_packed,
