@@ -6,10 +6,11 @@ from pathlib import Path
 from torch import Tensor
 
 
-def run(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs of a file, all of them."""
+def run(path: Path, inputs: Sequence[Tensor | float]) -> list[Tensor]:
+    """Return the outputs of a file, all of them; Python numbers are inputs too."""
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(path).load_method("forward")
     assert method is not None
-    return [output.clone() for output in method.execute([item.contiguous() for item in inputs])]
+    given = [item.contiguous() if isinstance(item, Tensor) else item for item in inputs]
+    return [output.clone() for output in method.execute(given)]

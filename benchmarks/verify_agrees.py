@@ -125,10 +125,9 @@ def check_pte(path: Path, fixed: LoweredModule, inputs: Sequence[Any]) -> None:
     XNNPACK rounds biases and the sums of its int8 layers to integers: a value near the middle
     between two codes gets either.
     """
-    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        _compare(executorch_runs.run(path, tensors), fixed(*inputs))
+        _compare(executorch_runs.run(path, tree_leaves(inputs)), fixed(*inputs))
 
 
 def _compare(found: Any, wanted: Any) -> None:

@@ -42,7 +42,7 @@ def require_executorch() -> None:
 
 
 def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
-    """Return the program of a lowered module, as ExecuTorch writes it.
+    """Return the program of a lowered module, as ExecuTorch writes it, after it ran once.
 
     Its batch is any size from 1 to that of the inputs, where costs are for one sample.
 
@@ -51,7 +51,8 @@ def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
         inputs: one value for each argument of its forward.
 
     Raises:
-        UnsupportedModelError: torch.export or ExecuTorch cannot take the module.
+        UnsupportedModelError: torch.export or ExecuTorch cannot take the module, or has no kernel
+            for an operation.
         UsageError: it is not computed in float32.
     """
     values: frozenset[str] = frozenset()
@@ -62,7 +63,9 @@ def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
                 edge = _delegated(program)
                 left = _left_weights(edge) - values
                 if not left:
-                    return bytes(edge.to_executorch().buffer)
+                    found = bytes(edge.to_executorch().buffer)
+                    _run(found, inputs)
+                    return found
             except Exception as error:  # ExecuTorch raises whatever its parts do
                 raise _unsupported(fixed, error, "ExecuTorch") from error
             # XNNPACK computes these operations otherwise than in int8, or not at all.
@@ -79,11 +82,26 @@ def _exported(
     own_storage(module)
     shapes = _open_batch(inputs, fixed.plan.settings.batch_axis)
     try:
-        return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     except CgmqError:
         raise
     except Exception as error:  # torch.export raises whatever the module does
         raise _unsupported(fixed, error, "torch.export") from error
+    _repeat_dequantize(program.graph)
+    return program
+
+
+def _repeat_dequantize(graph: fx.Graph) -> None:
+    """Give every reader of codes a dequantize operator of its own.
+
+    XNNPACK's partitioner takes one for a part of an int8 layer, and with it all that it goes to.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or "quantized_decomposed.dequantize" not in str(node.target):
+            continue
+        for user in list(node.users)[1:]:
+            with graph.inserting_before(user):
+                user.replace_input_with(node, graph.node_copy(node))
 
 
 def _open_batch(inputs: tuple[Any, ...], axis: int | None) -> Any:
@@ -115,7 +133,8 @@ def _delegated(program: torch.export.ExportedProgram) -> Any:
 def _configurations() -> list[Any]:
     """Return what XNNPACK may take: of quantize and dequantize operators those of int8 alone.
 
-    Its own configurations take any, and compute wrong numbers or fail.
+    Its own configurations take any, and compute wrong numbers or fail. Batch norms that are left
+    are not taken: XNNPACK would fold them into weights, off their grids.
     """
     from executorch.backends.xnnpack.partition import config
     from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
@@ -132,7 +151,8 @@ def _configurations() -> list[Any]:
 
         return Narrowed
 
-    return [narrowed(kind) for kind in config.ALL_PARTITIONER_CONFIGS]
+    kinds = (kind for kind in config.ALL_PARTITIONER_CONFIGS if kind is not config.BatchNormConfig)
+    return [narrowed(kind) for kind in kinds]
 
 
 def _touches_foreign(node: fx.Node) -> bool:
@@ -152,6 +172,15 @@ def _is_foreign(node: fx.Node) -> bool:
     return "per_channel" in name or torch.int8 not in node.args
 
 
+def _run(program: bytes, inputs: Sequence[Any]) -> None:
+    """Run a program once: ExecuTorch has no kernels for some operators, and finds it out then."""
+    from executorch.runtime import Runtime
+
+    leaves = pytree.tree_leaves(tuple(inputs))
+    given = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    Runtime.get().load_program(program).load_method("forward").execute(given)
+
+
 def _left_weights(edge: Any) -> frozenset[str]:
     """Return the paths of integer weights that XNNPACK did not take."""
     program = edge.exported_program()
@@ -166,10 +195,14 @@ def _left_weights(edge: Any) -> frozenset[str]:
 
 
 def _unsupported(fixed: LoweredModule, error: Exception, step: str) -> UnsupportedModelError:
+    deepest: BaseException = error
+    while deepest.__cause__ is not None:
+        deepest = deepest.__cause__
+    texts = dict.fromkeys(f"{type(item).__name__}: {item}" for item in (error, deepest))
     return UnsupportedModelError(
-        f"{type(fixed).__name__} has no form in ExecuTorch: {step} says {type(error).__name__}: "
-        f"{str(error)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or batch_axis=None in "
-        f"prepare, which fix the shapes; other operations; or the export to .safetensors, which "
+        f"{type(fixed).__name__} has no form in ExecuTorch: {step} says "
+        f"{'; '.join(texts)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or batch_axis=None "
+        f"in prepare, which fix the shapes; other operations; or the export to .safetensors, which "
         f"holds any graph."
     )
 
