@@ -42,7 +42,7 @@ def require_executorch() -> None:
 
 
 def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
-    """Return the program of a lowered module, as ExecuTorch writes it.
+    """Return the program of a lowered module, as ExecuTorch writes it, after it ran once.
 
     Its batch is any size from 1 to that of the inputs, where costs are for one sample.
 
@@ -51,7 +51,8 @@ def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
         inputs: one value for each argument of its forward.
 
     Raises:
-        UnsupportedModelError: torch.export or ExecuTorch cannot take the module.
+        UnsupportedModelError: torch.export or ExecuTorch cannot take the module, or has no kernel
+            for an operation.
         UsageError: it is not computed in float32.
     """
     values: frozenset[str] = frozenset()
@@ -62,7 +63,9 @@ def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
                 edge = _delegated(program)
                 left = _left_weights(edge) - values
                 if not left:
-                    return bytes(edge.to_executorch().buffer)
+                    found = bytes(edge.to_executorch().buffer)
+                    _run(found, inputs)
+                    return found
             except Exception as error:  # ExecuTorch raises whatever its parts do
                 raise _unsupported(fixed, error, "ExecuTorch") from error
             # XNNPACK computes these operations otherwise than in int8, or not at all.
@@ -169,6 +172,15 @@ def _is_foreign(node: fx.Node) -> bool:
     return "per_channel" in name or torch.int8 not in node.args
 
 
+def _run(program: bytes, inputs: Sequence[Any]) -> None:
+    """Run a program once: ExecuTorch has no kernels for some operators, and finds it out then."""
+    from executorch.runtime import Runtime
+
+    leaves = pytree.tree_leaves(tuple(inputs))
+    given = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    Runtime.get().load_program(program).load_method("forward").execute(given)
+
+
 def _left_weights(edge: Any) -> frozenset[str]:
     """Return the paths of integer weights that XNNPACK did not take."""
     program = edge.exported_program()
@@ -189,9 +201,9 @@ def _unsupported(fixed: LoweredModule, error: Exception, step: str) -> Unsupport
     texts = dict.fromkeys(f"{type(item).__name__}: {item}" for item in (error, deepest))
     return UnsupportedModelError(
         f"{type(fixed).__name__} has no form in ExecuTorch: {step} says "
-        f"{'; '.join(texts)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or "
-        f"batch_axis=None in prepare, which fix the shapes; other operations; or the export to "
-        f".safetensors, which holds any graph."
+        f"{'; '.join(texts)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or batch_axis=None "
+        f"in prepare, which fix the shapes; other operations; or the export to .safetensors, which "
+        f"holds any graph."
     )
 
 

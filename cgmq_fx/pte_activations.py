@@ -12,7 +12,7 @@ import numpy as np
 from cgmq_fx.container import StoredTensor
 from cgmq_fx.manifest import Manifest, StoredGrid
 from cgmq_fx.pools import NUMPY_TYPES, Array, array_of
-from cgmq_fx.pte_levels import LevelReader
+from cgmq_fx.pte_levels import Clamp, LevelReader
 from cgmq_fx.pte_reader import PteCall, PteFile, PteTensor
 from cgmq_fx.xnnpack_reader import QINT8, XnnGraph
 
@@ -82,13 +82,24 @@ class ActivationReader:
         yield from self._code_faults()
 
     def _of_xnnpack(self) -> Iterator[_Found]:
-        for place, graph in enumerate(self.graphs):
-            reader = LevelReader(graph, self.file.named)
+        """Yield the int8 tensors; what one part clamps, another that reads it need not."""
+        known: dict[int, Clamp] = {}
+        for call in self.file.calls:
+            if call.operator in _QUANTIZE:
+                found = self._grid_of(call)
+                if found is not None:
+                    known[call.args[-1]] = found.ends
+            if call.delegate < 0:
+                continue
+            graph = self.graphs[call.delegate]
+            given = {place: known[value] for place, value in enumerate(call.args) if value in known}
+            reader = LevelReader(graph, self.file.named, given)
             for name, value in graph.values.items():
                 if value.kind == QINT8:
                     scale, zero_point = np.array(value.scale), np.array(value.zero_point)
-                    where = f"the tensor {name} of part {place} for XNNPACK"
+                    where = f"the tensor {name} of part {call.delegate} for XNNPACK"
                     yield _Found(where, scale, zero_point, reader.levels(name), is_exact=False)
+            known.update(_given_away(graph, reader, call))
 
     # -- operators -------------------------------------------------------------------------------
 
@@ -135,6 +146,14 @@ class ActivationReader:
             is_own = not call.operator or call.operator in _QUANTIZE | _DEQUANTIZE
             if not is_own and codes.intersection(call.args):
                 yield f"{call.operator!r} reads codes as they are"
+
+
+def _given_away(graph: XnnGraph, reader: LevelReader, call: PteCall) -> Iterator[tuple[int, Clamp]]:
+    """Yield the ends of what a part returns, by value."""
+    for node in graph.nodes:
+        place, ends = graph.values[node.output].argument, reader.ends(node.output)
+        if place is not None and ends is not None and place < len(call.args):
+            yield call.args[place], ends
 
 
 def _is_on(found: _Found, grid: StoredGrid, scale: Array, zero_point: Array) -> bool:

@@ -13,9 +13,9 @@ from cgmq_fx.pools import Array, array_of
 from cgmq_fx.prepared import PLAN
 from cgmq_fx.pte_grids import PteGrids
 from cgmq_fx.pte_places import Place, orders
+from cgmq_fx.xnnpack_modules import int8_codes, is_eight_bit
 from cgmq_fx.xnnpack_reader import QCINT32
 
-_INT8 = np.iinfo(np.int8)
 _MAX_GROUPS = 64
 
 
@@ -53,8 +53,8 @@ class PlaceFinder:
 
     def _of_weight(self, name: str, module: FrozenWeight) -> Iterator[Place]:
         forms = [module().detach().cpu().numpy()]
-        if _INT8.min <= module.quant_min and module.quant_max <= _INT8.max:
-            forms.append(module.codes.to("cpu", torch.int8).numpy())
+        if is_eight_bit(module):
+            forms.append(int8_codes(module).cpu().numpy())
         for form in forms:
             yield from self._of(name, form)
 

@@ -18,6 +18,7 @@ from cgmq_fx.xnnpack_reader import FLOAT, QCINT8, QCINT32, QINT8, XnnValue, read
 
 #: Type of the elements of each type of XNNPACK.
 _ITEMS = {FLOAT: "F32", QINT8: "I8", QCINT8: "I8", QCINT32: "I32"}
+_FINENESS = tuple(1 << power for power in range(8))
 
 
 class PteGrids:
@@ -149,7 +150,7 @@ class PteGrids:
             for value in held:
                 owners = [p for p in claims.get(key, ()) if p.name in weights]
                 if value.kind == QCINT8 and not any(
-                    self._has_scale(weights[place.name], place, value) for place in owners
+                    self._fineness(weights[place.name], place, value) for place in owners
                 ):
                     yield f"the integers {key!r} are read on a grid that no weight has"
 
@@ -164,8 +165,12 @@ class PteGrids:
                 continue
             item, read = self.constants[place.key], self.read_as.get(place.key, ())
             stored = place.in_module(array_of(item), weight.shape)
-            if any(self._has_scale(weight, place, value) for value in read):
-                forms.append(stored)
+            finer = {self._fineness(weight, place, value) for value in read} - {0}
+            if len(finer) == 1:
+                (step,) = finer
+                if (stored % step).any():
+                    yield f"{weight.name!r} has integers between its codes"
+                forms.append(stored.astype(np.int32) // step)
             elif item.dtype == "F32":
                 found = self._codes_of(weight, stored)
                 if found is None:
@@ -188,23 +193,22 @@ class PteGrids:
         name = weight.name + CODES
         self.tensors[name] = StoredTensor(name, "U8", packed.shape, packed)
 
-    def _has_scale(self, weight: StoredWeight, place: Place, value: XnnValue) -> bool:
-        """Tell whether XNNPACK reads integers on the grid of a weight."""
-        if value.kind != QCINT8 or value.scale_key not in self.file.named:
-            return False
+    def _fineness(self, weight: StoredWeight, place: Place, value: XnnValue) -> int:
+        """Return how many of XNNPACK's codes are one of a weight; 0 where the grid is another.
+
+        It is a power of two, by which a scale is divided exactly.
+        """
+        if value.kind != QCINT8:
+            return 0
         held = self.file.named[value.scale_key]
         scale, zero_point = self.numbers(weight)
-        if len(held) % 4 or zero_point.any():
-            return False
+        if len(held) % 4 or not len(held) or zero_point.any():
+            return 0
         found = np.frombuffer(held, "<f4")
-        if scale.size == 1:
-            return bool(found.size and (found == scale.reshape(-1)[0]).all())
-        axis = weight.channel_axis
-        if axis is None or place.view != tuple(weight.shape) or not np.array_equal(found, scale):
-            return False
-        behind = place.axes[place.axes.index(axis % len(place.view)) + 1 :]
-        step = math.prod(place.view[other] for other in behind)
-        return math.prod(value.shape[value.channel_axis + 1 :]) == step
+        if scale.size > 1 and (scale.size != found.size or not _is_along(weight, place, value)):
+            return 0
+        flat = scale.reshape(-1)
+        return next((k for k in _FINENESS if np.array_equal(found * k, flat * _ones(found))), 0)
 
     def _codes_of(self, weight: StoredWeight, values: Array) -> Array | None:
         """Return the codes of real values; None where they do not lie on the grid."""
@@ -242,3 +246,16 @@ class PteGrids:
                 self.tensors[place.name] = StoredTensor(
                     place.name, item.dtype, item.shape, item.data
                 )
+
+
+def _ones(found: Array) -> Array:
+    return np.ones(found.shape, np.float32)
+
+
+def _is_along(weight: StoredWeight, place: Place, value: XnnValue) -> bool:
+    """Tell whether XNNPACK's scales run along the channel axis of a weight."""
+    if weight.channel_axis is None or place.view != tuple(weight.shape):
+        return False
+    at = place.axes.index(weight.channel_axis % len(place.view))
+    step = math.prod(place.view[axis] for axis in place.axes[at + 1 :])
+    return math.prod(value.shape[value.channel_axis + 1 :]) == step

@@ -45,10 +45,17 @@ class PteTensor:
 
 @dataclass(frozen=True)
 class PteCall:
-    """One call; `operator` is empty where a backend is called. `args` are indices of values."""
+    """One call, whose arguments are indices of values.
+
+    Attributes:
+        operator: its name; empty where a part for XNNPACK is called.
+        args: inputs, then outputs.
+        delegate: which of the parts; -1 for an operator.
+    """
 
     operator: str
     args: tuple[int, ...]
+    delegate: int = -1
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,7 @@ class _Reader:
             raise self.fault(f"has a call with arguments that are none of its {count:,} values")
         if not 0 <= index < (len(operators) if kind == _KERNEL else delegates):
             raise self.fault(f"calls the operator or backend {index}, which it has not")
-        return PteCall(operators[index] if kind == _KERNEL else "", args)
+        return PteCall(operators[index], args) if kind == _KERNEL else PteCall("", args, index)
 
     def _delegate(self, item: Table) -> memoryview:
         held: Any = item.table(1)

@@ -13,7 +13,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def is_eight_bit(frozen: FrozenModule) -> bool:
     """Tell whether XNNPACK's int8 tensors hold the grid of a weight or of an activation."""
-    is_normal = frozen.scale.isfinite() & (frozen.scale >= _TINY)
+    is_normal = frozen.scale.isfinite() & (frozen.scale >= _INT8.max * _TINY)
     if frozen.scale.dtype != torch.float32 or not bool(is_normal.all()):
         return False
     if isinstance(frozen, FrozenWeight):
@@ -41,15 +41,31 @@ def clamps(frozen: FrozenQuantizer) -> bool:
     return frozen.quant_max - frozen.quant_min < _INT8.max - _INT8.min
 
 
-class XnnpackWeight(StandardWeight):
-    """A weight of up to 8 bits: int8 codes behind a dequantize operator.
+def fineness(frozen: FrozenWeight) -> int:
+    """Return the power of two that int8 has room for: codes times it, scale divided by it.
 
-    The operator has the ends of int8: at those of 4 bits XNNPACK would take the codes for others.
+    The value is the same, and XNNPACK rounds biases to a finer grid: that of codes of 8 bits.
+    """
+    largest = max(abs(frozen.quant_min), abs(frozen.quant_max), 1)
+    return 1 << ((_INT8.max // largest).bit_length() - 1)
+
+
+class XnnpackWeight(StandardWeight):
+    """A weight of up to 8 bits: int8 codes, `fineness` times the weight's, and their operator.
+
+    It has the ends of int8: at those of 4 bits XNNPACK would take the codes for others.
     """
 
     def __init__(self, frozen: FrozenWeight, axis: int) -> None:
         super().__init__(frozen, axis)
         self.quant_min, self.quant_max, self.code_type = _INT8.min, _INT8.max, torch.int8
+        self.codes = int8_codes(frozen)
+        self.scale = self.scale / fineness(frozen)
+
+
+def int8_codes(frozen: FrozenWeight) -> Tensor:
+    """Return the codes of a weight as XNNPACK has them."""
+    return (frozen.codes.to(torch.int32) * fineness(frozen)).to(torch.int8).contiguous()
 
 
 class ValueWeight(nn.Module):

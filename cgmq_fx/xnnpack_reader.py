@@ -18,6 +18,7 @@ _HEADER = struct.Struct("<4s4sHIIIQ")
 _MAGIC = b"XH00"
 _PER_CHANNEL, _PER_TENSOR = 1, 2
 _QUANTIZED = 2
+_EXTERNAL = 3
 _NO_OFFSET = (1 << 64) - 1
 
 _TWO_TO_ONE = ((0, 1), 2)
@@ -63,6 +64,7 @@ class XnnValue:
         zero_point: with `scale`.
         channel_axis: the axis along which it has scales.
         scale_key: of the bytes of those; else empty.
+        argument: which argument of the part it is, inputs first; None where it is none.
     """
 
     kind: int
@@ -72,6 +74,7 @@ class XnnValue:
     zero_point: int = 0
     channel_axis: int = 0
     scale_key: str = ""
+    argument: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,15 +149,16 @@ class _Reader:
         if len(shape) > MAX_AXES or dtype not in _TYPES or (quantized is None) != (dtype == FLOAT):
             raise self.fault(f"has a tensor {name} for XNNPACK of a type that no exported file has")
         key = self._keyed(keys, tensor.number(3, "I"))
+        argument = tensor.number(4, "I") if tensor.number(5, "I") & _EXTERNAL else None
         params = None if quantized is None else quantized.table(2)
         if quantized is None or params is None:
             if dtype != FLOAT:
                 raise self.fault(f"has a tensor {name} for XNNPACK without a scale")
-            return name, XnnValue(dtype, shape, key)
+            return name, XnnValue(dtype, shape, key, argument=argument)
         spread = quantized.number(1, "B")
         if spread == _PER_TENSOR and dtype == QINT8:
             numbers = (params.real(0, "f"), params.number(1, "i"))
-            return name, XnnValue(dtype, shape, key, *numbers)
+            return name, XnnValue(dtype, shape, key, *numbers, argument=argument)
         if spread != _PER_CHANNEL or dtype == QINT8 or not key:
             raise self.fault(f"has a tensor {name} for XNNPACK with scales that no export has")
         scale_key = self._keyed(keys, params.number(2, "I"))

@@ -16,6 +16,7 @@ from cgmq_fx.xnnpack_modules import (
     WideQuantizer,
     XnnpackWeight,
     clamps,
+    fineness,
     is_eight_bit,
 )
 
@@ -28,6 +29,8 @@ POOLED = "_pooled"
 #: XNNPACK refuses larger ratios of the grid of the sums to that of the output.
 _MAX_RATIO = 256.0
 _MAX_BIAS = float(2**31 - 1)
+#: A bias moves by half a step of the sums at most; that is an eighth of a step of the output.
+_MAX_BIAS_STEP = 0.25
 
 
 @final
@@ -128,12 +131,20 @@ def _is_int8_layer(gm: fx.GraphModule, weight: FrozenWeight, node: fx.Node, laye
     output = _output_grid(gm, layer)
     if source is None or output is None:
         return False
-    sums = weight.scale.double() * source.scale.double()
     bias = _bias(gm, layer)
-    if bool((sums.float() < torch.finfo(torch.float32).tiny).any()) or bias is None:
-        return False
-    fits = bool((bias.detach().double().abs() / sums < _MAX_BIAS).all())
-    return fits and bool((sums / output.scale.double() < _MAX_RATIO).all())
+    return bias is not None and _sums_fit(weight, source, output, bias.detach().double())
+
+
+def _sums_fit(
+    weight: FrozenWeight, source: FrozenQuantizer, output: FrozenQuantizer, bias: Tensor
+) -> bool:
+    """Tell whether XNNPACK computes sums and a bias as integers, and rounds that closely."""
+    step = weight.scale.double() / fineness(weight) * source.scale.double()
+    ratio = step / output.scale.double()
+    is_normal = bool((step.float() >= torch.finfo(torch.float32).tiny).all())
+    fits = bool((bias.abs() / step < _MAX_BIAS).all()) and bool((ratio < _MAX_RATIO).all())
+    is_close = not bool(bias.any()) or bool((ratio <= _MAX_BIAS_STEP).all())
+    return is_normal and fits and is_close
 
 
 def _activation(gm: fx.GraphModule, node: object) -> FrozenQuantizer | None:
