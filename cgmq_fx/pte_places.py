@@ -81,7 +81,7 @@ def from_text(text: bytes, fault: FileFault) -> list[Place]:
 
 
 def _place(item: Any, fault: FileFault) -> Place:
-    row: Any = item if isinstance(item, list) and len(item) == 4 else ("",) * 4
+    row: list[Any] = item if isinstance(item, list) and len(item) == 4 else [None] * 4
     name, key, view, axes = row
     is_sound = (
         is_tensor_name(name)
@@ -93,7 +93,7 @@ def _place(item: Any, fault: FileFault) -> Place:
     )
     if not is_sound:
         raise fault(f"has a place of a tensor that is none: {str(name)[:MAX_NAME]!r}")
-    return Place(str(name), str(key), tuple(view), tuple(axes))
+    return Place(name, key, tuple(view), tuple(axes))
 
 
 def fits(place: Place, shape: Sequence[int]) -> bool:

@@ -105,9 +105,10 @@ def test_a_width_that_was_tampered_with_is_caught(kind, exported, tmp_path):
         grid["bits"] -= 1
         return manifest
 
-    path.write_bytes(script("mutated_pte").with_manifest(exported, lambda manifest: manifest))
+    forge = script("mutated_files").mutated_pte.with_manifest
+    path.write_bytes(forge(exported, lambda manifest: manifest))
     assert verify(path).satisfied  # signed again, it is sound
-    path.write_bytes(script("mutated_pte").with_manifest(exported, narrow))
+    path.write_bytes(forge(exported, narrow))
     with pytest.raises(FileFormatError, match="contradicts itself"):
         verify(path)
 
