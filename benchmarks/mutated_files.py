@@ -36,12 +36,14 @@ from cgmq_fx.onnx_file import open_onnx
 from cgmq_fx.packed_file import content_digest
 from cgmq_fx.prepare import prepare
 from cgmq_fx.program_file import open_program
+from cgmq_fx.pte_file import open_pte
 from cgmq_fx.verify import Verification, verify
 
 sys.path[:0] = [str(Path(__file__).parent)]  # the modules beside this script
 
 import mutated_onnx  # noqa: E402
 import mutated_programs  # noqa: E402
+import mutated_pte  # noqa: E402
 from mutations import changed  # noqa: E402
 
 #: Seconds of the processor: opening waits for nothing, and other programs may run beside it.
@@ -163,6 +165,7 @@ RANDOM: tuple[Mutation, ...] = (
 FORMATS: Mapping[str, tuple[tuple[Mutation, ...], tuple[Callable[[Path], object], ...]]] = {
     ".safetensors": ((_header, _manifest), (load_packed,)),
     ".pt2": (mutated_programs.FORGED, (open_program,)),
+    ".pte": (mutated_pte.FORGED, (open_pte,)),
     ".onnx": (mutated_onnx.FORGED, (open_onnx,)),
     ".qonnx.onnx": (mutated_onnx.FORGED, (open_onnx,)),
 }

@@ -201,7 +201,8 @@ def _unsupported(fixed: LoweredModule, error: Exception, step: str) -> Unsupport
     texts = dict.fromkeys(f"{type(item).__name__}: {item}" for item in (error, deepest))
     return UnsupportedModelError(
         f"{type(fixed).__name__} has no form in ExecuTorch: {step} says "
-        f"{'; '.join(texts)[:_MAX_TEXT]}\nWays out: example inputs of one sample, or batch_axis=None "
+        f"{'; '.join(texts)[:_MAX_TEXT]}\n"
+        f"Ways out: example inputs of one sample, or batch_axis=None "
         f"in prepare, which fix the shapes; other operations; or the export to .safetensors, which "
         f"holds any graph."
     )

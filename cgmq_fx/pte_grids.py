@@ -1,13 +1,15 @@
 """The quantizers of a ``.pte`` file: what its program and its bytes say, held to the manifest."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from cgmq_fx.container import ITEM_BYTES, FileFault, StoredTensor
 from cgmq_fx.errors import UsageError
 from cgmq_fx.manifest import OWN, POOL, Manifest, StoredGrid, StoredWeight
+from cgmq_fx.manifest import Place as PoolPlace
 from cgmq_fx.packed_file import CODES
 from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH, pack
 from cgmq_fx.pools import NUMPY_TYPES, Array, array_of
@@ -18,6 +20,7 @@ from cgmq_fx.xnnpack_reader import FLOAT, QCINT8, QCINT32, QINT8, XnnValue, read
 
 #: Type of the elements of each type of XNNPACK.
 _ITEMS = {FLOAT: "F32", QINT8: "I8", QCINT8: "I8", QCINT32: "I32"}
+_MOST_CODES = 1 << 20
 _FINENESS = tuple(1 << power for power in range(8))
 
 
@@ -72,20 +75,22 @@ class PteGrids:
         for place in places:
             claims.setdefault(place.key, []).append(place)
 
-        def of_weights() -> Iterator[str]:
-            for weight in weights.values():
-                yield from self._weight_faults(weight, [p for p in places if p.name == weight.name])
-
-        steps = (
-            lambda: self._pool_faults(manifest),
-            lambda: self._claim_faults(claims, activations),
-            of_weights,
-            lambda: self._reading_faults(weights, claims),
-            activations.faults,
-            lambda: self._other_faults(manifest, [p for p in places if p.name not in weights]),
+        named: dict[str, list[Place]] = {}
+        for place in places:
+            named.setdefault(place.name, []).append(place)
+        of_weights = (
+            self._weight_faults(weight, named.get(name, ())) for name, weight in weights.items()
+        )
+        steps: Sequence[Iterable[str]] = (
+            self._pool_faults(manifest),
+            self._claim_faults(claims, activations),
+            chain.from_iterable(of_weights),
+            self._reading_faults(weights, claims),
+            activations.faults(),
+            self._other_faults(manifest, [p for p in places if p.name not in weights]),
         )
         for step in steps:
-            found = list(step())
+            found = list(step)
             yield from found
             if found:
                 return
@@ -111,14 +116,13 @@ class PteGrids:
 
     def numbers(self, grid: StoredGrid) -> tuple[Array, Array]:
         """Return scale and zero_point of a grid, 0 where it has none."""
-        found = []
-        for place in (grid.scale, grid.zero_point):
-            if place is None:
-                found.append(np.zeros((), np.int64))
-                continue
-            pool = array_of(self.tensors[f"{POOL}.{place.dtype}"])
-            found.append(pool[place.at : place.stop].reshape(place.shape))
-        return found[0], found[1]
+        zero_point = grid.zero_point
+        zeros = np.zeros((), np.int64) if zero_point is None else self._numbers_at(zero_point)
+        return self._numbers_at(grid.scale), zeros
+
+    def _numbers_at(self, place: PoolPlace) -> Array:
+        pool = array_of(self.tensors[f"{POOL}.{place.dtype}"])
+        return pool[place.at : place.stop].reshape(place.shape)
 
     # -- who has which bytes ---------------------------------------------------------------------
 
@@ -207,8 +211,8 @@ class PteGrids:
         found = np.frombuffer(held, "<f4")
         if scale.size > 1 and (scale.size != found.size or not _is_along(weight, place, value)):
             return 0
-        flat = scale.reshape(-1)
-        return next((k for k in _FINENESS if np.array_equal(found * k, flat * _ones(found))), 0)
+        wanted = np.broadcast_to(scale.reshape(-1).astype(np.float32), found.shape)
+        return next((k for k in _FINENESS if np.array_equal(found * np.float32(k), wanted)), 0)
 
     def _codes_of(self, weight: StoredWeight, values: Array) -> Array | None:
         """Return the codes of real values; None where they do not lie on the grid."""
@@ -225,10 +229,9 @@ class PteGrids:
                 codes = steps + zero_point
         except ValueError:  # the shapes do not broadcast
             return None
-        is_same = again.shape == values.shape and np.array_equal(again, values)
-        if not is_same or codes.shape != values.shape or np.abs(codes).max(initial=0) > 1 << 20:
-            return None
-        return codes.astype(np.int32)
+        is_same = again.shape == codes.shape == values.shape and np.array_equal(again, values)
+        found: Array = codes.astype(np.int32)
+        return found if is_same and np.abs(codes).max(initial=0) < _MOST_CODES else None
 
     # -- other tensors ---------------------------------------------------------------------------
 
@@ -245,10 +248,6 @@ class PteGrids:
                 self.tensors[place.name] = StoredTensor(
                     place.name, item.dtype, item.shape, item.data
                 )
-
-
-def _ones(found: Array) -> Array:
-    return np.ones(found.shape, np.float32)
 
 
 def _is_along(weight: StoredWeight, place: Place, value: XnnValue) -> bool:

@@ -81,8 +81,8 @@ def from_text(text: bytes, fault: FileFault) -> list[Place]:
 
 
 def _place(item: Any, fault: FileFault) -> Place:
-    is_row = isinstance(item, list) and len(item) == 4
-    name, key, view, axes = item if is_row else (None,) * 4
+    row: list[Any] = item if isinstance(item, list) and len(item) == 4 else [None] * 4
+    name, key, view, axes = row
     is_sound = (
         is_tensor_name(name)
         and isinstance(key, str)

@@ -59,5 +59,6 @@ def _quantizes(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return False
     module = gm.get_submodule(str(node.target))
-    is_quantizer = isinstance(module, FrozenQuantizer) and not isinstance(module, FrozenAttention)
-    return is_quantizer and is_eight_bit(module)
+    if not isinstance(module, FrozenQuantizer) or isinstance(module, FrozenAttention):
+        return False
+    return is_eight_bit(module)

@@ -18,6 +18,7 @@ from cgmq_fx.passes.annotate_work import AnnotateWork
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.candidates import Wanted
 from cgmq_fx.passes.close_batch_norm import CloseBatchNorm
+from cgmq_fx.passes.drop_rectifiers import DropRectifiers
 from cgmq_fx.passes.fold_batch_norm import FoldBatchNorm
 from cgmq_fx.passes.freeze_bit_widths import FreezeBitWidths
 from cgmq_fx.passes.functionalize import Functionalize
@@ -26,12 +27,14 @@ from cgmq_fx.passes.insert_quantizers import InsertQuantizers
 from cgmq_fx.passes.meta import WORK
 from cgmq_fx.passes.price_operations import PriceOperations
 from cgmq_fx.passes.raise_aten import RaiseAten
+from cgmq_fx.passes.repeat_quantizers import RepeatQuantizers
 from cgmq_fx.passes.restore_modules import RestoreModules
 from cgmq_fx.passes.select_operands import SelectOperands
 from cgmq_fx.passes.share_quantizers import ShareQuantizers
 from cgmq_fx.passes.specialize_evaluation import SpecializeEvaluation
 from cgmq_fx.passes.standard_quantization import StandardQuantization
 from cgmq_fx.passes.trace import trace
+from cgmq_fx.passes.xnnpack_quantization import XnnpackQuantization
 from cgmq_fx.testing import LawError, check_pass
 from graph_zoo import ZOO, ZooCase, case
 from source_tree import module_files
@@ -81,6 +84,9 @@ SUBJECTS: Mapping[type[GraphPass], Subject] = {
     SpecializeEvaluation: Subject(lambda _: SpecializeEvaluation(), PREPARED, training=False),
     FreezeBitWidths: Subject(lambda _: FreezeBitWidths(), PREPARED, training=False),
     FoldBatchNorm: Subject(lambda _: FoldBatchNorm()),
+    RepeatQuantizers: Subject(lambda _: RepeatQuantizers(), FROZEN, training=False),
+    DropRectifiers: Subject(lambda _: DropRectifiers(), FROZEN, training=False),
+    XnnpackQuantization: Subject(lambda _: XnnpackQuantization(), FROZEN, training=False),
     StandardQuantization: Subject(lambda _: StandardQuantization(), FROZEN, training=False),
 }
 CELLS = pytest.mark.parametrize("kind", SUBJECTS, ids=lambda kind: kind.name)
