@@ -165,9 +165,9 @@ RANDOM: tuple[Mutation, ...] = (
 FORMATS: Mapping[str, tuple[tuple[Mutation, ...], tuple[Callable[[Path], object], ...]]] = {
     ".safetensors": ((_header, _manifest), (load_packed,)),
     ".pt2": (mutated_programs.FORGED, (open_program,)),
+    ".pte": (mutated_pte.FORGED, (open_pte,)),
     ".onnx": (mutated_onnx.FORGED, (open_onnx,)),
     ".qonnx.onnx": (mutated_onnx.FORGED, (open_onnx,)),
-    ".pte": (mutated_pte.FORGED, (open_pte,)),
 }
 
 
