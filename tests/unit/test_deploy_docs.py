@@ -35,5 +35,6 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
                     assert main(words) == 0
     # A value in the middle between two codes may get either, and what follows moves with it.
     with torch.no_grad():
-        torch.testing.assert_close(found["y"], found["module"](found["x"]), rtol=0, atol=5e-3)
+        wanted = found["wanted"] if "wanted" in found else found["module"](found["x"])
+        torch.testing.assert_close(found["y"], wanted, rtol=0, atol=5e-3)
     assert found["int8_kernels"] > 0

@@ -161,7 +161,9 @@ def test_weights_and_other_tensors_are_found(convnet, path):
 
 def test_the_command_verifies_it(path, capsys):
     assert main(["verify", str(path)]) == 0
-    assert "within budget" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "within budget" in shown.out
+    assert "note: 4 of 5 convolutions and linear layers are computed in int8; the" in shown.err
 
 
 # -- what is refused -------------------------------------------------------------------------------
