@@ -228,11 +228,12 @@ class _Lowered:
         return self._method(cut)
 
     def _method(self, module: LoweredModule) -> Callable[[], object]:
+        content = executorch_program(module, self.inputs)
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime as Executor
 
         _unsafe_reset_threadpool(1)
-        program = Executor.get().load_program(executorch_program(module, self.inputs))
+        program = Executor.get().load_program(content)
         method = program.load_method("forward")
         return lambda: method.execute(self.inputs)
 

@@ -109,7 +109,7 @@ def test_inductor_runs_what_is_exported_for_it():
 def test_executorch_runs_what_is_lowered_for_it_and_parts_of_it(bits):
     from cgmq_fx.measure.fixing import fixed_at
 
-    pytest.importorskip("executorch.exir")
+    pytest.importorskip("executorch")
 
     class Pair(nn.Module):
         def __init__(self):
