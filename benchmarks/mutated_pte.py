@@ -2,12 +2,12 @@
 
 import json
 import random
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 from mutations import changed
 
 from cgmq_fx.container import FileFault
@@ -39,6 +39,12 @@ def signed(data: bytes, place: int | None = None) -> bytes:
 
 def with_named(data: bytes, contents: Mapping[str, bytes]) -> bytes:
     """Return a file with other bytes under some of its keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the package's own import
+        from executorch.exir._serialize._program import (
+            deserialize_pte_binary,
+            serialize_pte_binary,
+        )
     file: Any = deserialize_pte_binary(data)
     for key, content in contents.items():
         file.named_data.buffers[file.named_data.pte_data[key].buffer_index] = content

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # What a command needs is imported when it runs: torch alone takes longer than --help should.
 
-RUNTIMES = ("onnxruntime", "inductor")
+RUNTIMES = ("onnxruntime", "inductor", "executorch")
 
 
 def add_measure(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -33,7 +33,8 @@ def require_executorch() -> None:
         UsageError: it is not.
     """
     try:
-        import executorch.exir  # noqa: F401
+        with _quiet():
+            import executorch.exir  # noqa: F401
     except ImportError as error:
         raise UsageError(
             "the export to .pte needs the package executorch, which is not installed: "

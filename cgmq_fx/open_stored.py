@@ -7,7 +7,7 @@ from cgmq_fx.container import mapped_file
 from cgmq_fx.onnx_file import open_onnx
 from cgmq_fx.packed_file import open_packed
 from cgmq_fx.program_file import open_program
-from cgmq_fx.pte_file import open_pte
+from cgmq_fx.pte_file import stored_pte
 from cgmq_fx.pte_reader import MAGIC
 from cgmq_fx.stored_file import StoredFile
 
@@ -38,10 +38,6 @@ def _open_program(path: str | os.PathLike[str]) -> StoredFile:
     return open_program(path).stored
 
 
-def _open_pte(path: str | os.PathLike[str]) -> StoredFile:
-    return open_pte(path).stored
-
-
 def _starts_pte(start: bytes) -> bool:
     """Tell whether a program of ExecuTorch starts."""
     return start[4:8] == MAGIC
@@ -67,7 +63,7 @@ _FORMATS: tuple[
     tuple[Callable[[bytes], bool], Callable[[str | os.PathLike[str]], StoredFile]], ...
 ] = (
     (_starts_archive, _open_program),
-    (_starts_pte, _open_pte),
+    (_starts_pte, stored_pte),
     (_starts_packed, _open_packed),
     (_starts_model, _open_onnx),
 )

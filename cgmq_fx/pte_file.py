@@ -18,11 +18,16 @@ from cgmq_fx.packed_file import PackedFile, check_packed, content_digest
 from cgmq_fx.pte_grids import PteGrids
 from cgmq_fx.pte_places import Place, from_text
 from cgmq_fx.pte_reader import PteFile, read_pte
-from cgmq_fx.stored_file import refuse
+from cgmq_fx.stored_file import StoredFile, refuse
+from cgmq_fx.xnnpack_reader import LAYERS, QINT8
 
 #: Keys of what the format adds to a program, besides the manifest and the pools.
 PLACES, DIGEST = f"{OWN}.places", f"{OWN}.sha256"
 DIGEST_BYTES = 32
+
+
+#: Operators of ExecuTorch that compute such layers, without XNNPACK.
+_LAYER_OPERATORS = ("aten::convolution", "aten::addmm", "aten::linear", "aten::mm")
 
 
 def open_pte(path: str | os.PathLike[str]) -> PackedFile:
@@ -35,6 +40,32 @@ def open_pte(path: str | os.PathLike[str]) -> PackedFile:
         FileFormatError: it cannot be read, is damaged, or its manifest, bytes and program
             contradict each other.
     """
+    return _opened(path)[0]
+
+
+def stored_pte(path: str | os.PathLike[str]) -> StoredFile:
+    """Open a file as `open_pte` does; return what `verify` reads, with a note on its layers."""
+    packed, grids = _opened(path)
+    int8, layers = int8_layers(grids)
+    note = (
+        f"{int8} of {layers} convolutions and linear layers are computed in int8; the others with "
+        f"the real values of their grids, in float32"
+    )
+    return replace(packed.stored, notes=(note,))
+
+
+def int8_layers(grids: PteGrids) -> tuple[int, int]:
+    """Return how many convolutions and linear layers a program computes in int8, and of how many.
+
+    A layer counts once for each of its calls.
+    """
+    nodes = [(graph, node) for graph in grids.graphs for node in graph.nodes if node.kind in LAYERS]
+    int8 = sum(graph.values[node.output].kind == QINT8 for graph, node in nodes)
+    others = sum(call.operator in _LAYER_OPERATORS for call in grids.file.calls)
+    return int8, len(nodes) + others
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[PackedFile, PteGrids]:
     label = os.fsdecode(path)
     fault = FileFault(label)
     data = mapped_file(path, label)
@@ -52,7 +83,7 @@ def open_pte(path: str | os.PathLike[str]) -> PackedFile:
     refuse(fault, grids.faults(manifest, places))
     packed = PackedFile(Container(label, len(data), {}, grids.tensors), manifest)
     check_packed(packed, fault)
-    return packed
+    return packed, grids
 
 
 def file_digest(data: npt.NDArray[np.uint8], file: PteFile) -> bytes:

@@ -29,11 +29,13 @@ class StoredFile:
         path: where it is, for messages.
         manifest: what it says of the model.
         float_elements: number of elements of the tensors that `manifest.parameters` names.
+        notes: what people should know of how the file computes.
     """
 
     path: str
     manifest: Manifest
     float_elements: int
+    notes: tuple[str, ...] = ()
 
 
 def refuse(fault: FileFault, faults: Iterable[str]) -> None:

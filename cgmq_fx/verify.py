@@ -44,7 +44,7 @@ class Verification(ReportContents):
     """What a file costs, as `cgmq_fx.report` says it; ``str(verification)`` is the same table.
 
     Attributes:
-        notes: what had to be taken from the file as it stands.
+        notes: what had to be taken from the file as it stands, and how it computes.
     """
 
     notes: tuple[str, ...] = ()
@@ -155,7 +155,7 @@ class _Verifier:
         resources: Sequence[StoredResource],
     ) -> None:
         self.fault, self.manifest = fault, stored.manifest
-        self.float_elements = stored.float_elements
+        self.float_elements, self.notes = stored.float_elements, stored.notes
         self.bits = stored.manifest.bits
         self.resources = {item.name: item for item in resources}
         self.tables = {name: tables[name] for name in self.resources if name in tables}
@@ -182,12 +182,13 @@ class _Verifier:
     def _notes(self) -> tuple[str, ...]:
         found = [item.operation for item in self.manifest.operations if counted(item.operation)]
         if not found:
-            return ()
+            return self.notes
         macs = sum(operation.macs for operation in found)
         names = ", ".join(operation.name for operation in found[:_MAX_LISTED])
         return (
             f"{macs:,} MACs of {len(found)} operations were counted by running the model and are "
             f"taken as the file has them: {names}",
+            *self.notes,
         )
 
     def _summary(self, item: StoredResource) -> ResourceSummary:

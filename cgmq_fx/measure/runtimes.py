@@ -1,5 +1,6 @@
 """The runtimes whose latency can be measured: a lowered model in, callables out."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from cgmq_fx.errors import UsageError
+from cgmq_fx.executorch_program import executorch_program
 from cgmq_fx.export import export
 from cgmq_fx.lowered import LoweredModule
 from cgmq_fx.measure.rows import Pair
@@ -187,8 +189,57 @@ def _installed(package: str, extra: str) -> str:
         ) from error
 
 
+class Executorch:
+    """ExecuTorch with XNNPACK on the CPU, from programs as a ``.pte`` file has them.
+
+    It lowers every part of a network by itself, so that a table takes an hour or more.
+    """
+
+    name = "executorch"
+    pairs: tuple[Pair, ...] = ((8, 8), (32, 32))
+
+    @property
+    def version(self) -> str:
+        """Name and version."""
+        return f"ExecuTorch {_installed('executorch', 'executorch')}, XNNPACK, CPU, one thread"
+
+    def export(self, fixed: LoweredModule, inputs: Sequence[torch.Tensor]) -> Exported:
+        """Return the model, which is lowered when it is run; see `Runtime.export`."""
+        _installed("executorch", "executorch")
+        return _Lowered(fixed, tuple(inputs))
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    fixed: LoweredModule
+    inputs: tuple[torch.Tensor, ...]
+
+    def whole(self) -> Callable[[], object]:
+        return self._method(self.fixed)
+
+    def part(self, outputs: Sequence[int]) -> Callable[[], object]:
+        cut = copy.deepcopy(self.fixed)
+        output = cut.graph.output_node()
+        found = output.args[0]
+        assert isinstance(found, tuple | list)
+        output.args = (tuple(found[place] for place in outputs),)
+        cut.graph.eliminate_dead_code()
+        cut.recompile()
+        return self._method(cut)
+
+    def _method(self, module: LoweredModule) -> Callable[[], object]:
+        content = executorch_program(module, self.inputs)
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+        from executorch.runtime import Runtime as Executor
+
+        _unsafe_reset_threadpool(1)
+        program = Executor.get().load_program(content)
+        method = program.load_method("forward")
+        return lambda: method.execute(self.inputs)
+
+
 _RUNTIMES: Mapping[str, Callable[[], Runtime]] = {
-    item.name: item for item in (OnnxRuntime, Inductor)
+    item.name: item for item in (OnnxRuntime, Inductor, Executorch)
 }
 
 

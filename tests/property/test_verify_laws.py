@@ -28,12 +28,25 @@ def test_a_program_alone_says_what_the_report_says(drawn, data):
         verify_agrees.check(drawn, data, Path(folder), ".pt2")
 
 
+@settings(max_examples=6)
+@given(models(), st.data())
+def test_a_program_of_executorch_alone_says_what_the_report_says(drawn, data):
+    with TemporaryDirectory() as folder:
+        verify_agrees.check(drawn, data, Path(folder), ".pte")
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".qonnx.onnx"])
 @settings(max_examples=6)
 @given(models(), st.data())
 def test_an_onnx_file_alone_says_what_the_report_says(suffix, drawn, data):
     with TemporaryDirectory() as folder:
         verify_agrees.check(drawn, data, Path(folder), suffix)
+
+
+def test_mutated_programs_of_executorch_are_refused_or_say_the_same():
+    outcomes, longest = mutated_files.run(150, seed=1, suffix=".pte")
+    assert sum(n for name, n in outcomes.items() if name.endswith("refused")) > 90
+    assert longest < mutated_files.LIMIT_S
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".qonnx.onnx"])

@@ -78,7 +78,8 @@ def test_too_few_rounds_are_refused(folder, capsys):
 
 def test_the_command_offers_the_runtimes_that_there_are():
     assert [runtime(name).name for name in RUNTIMES] == list(RUNTIMES)
-    with pytest.raises(UsageError, match="no runtime 'tvm'; there is onnxruntime, inductor"):
+    known = "there is onnxruntime, inductor, executorch"
+    with pytest.raises(UsageError, match=f"no runtime 'tvm'; {known}"):
         runtime("tvm")
 
 
@@ -100,3 +101,29 @@ def test_inductor_runs_what_is_exported_for_it():
     fixed = fixed_at(model, inputs, 32, 32)
     call = runtime("inductor").export(fixed, inputs).whole()
     assert torch.allclose(call(), model(*inputs), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 32])
+def test_executorch_runs_what_is_lowered_for_it_and_parts_of_it(bits):
+    from cgmq_fx.measure.fixing import fixed_at
+
+    pytest.importorskip("executorch")
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 4), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.first(x), self.second(x)
+
+    inputs = (torch.linspace(-1, 1, 8).reshape(1, 8),)
+    fixed = fixed_at(Pair(), inputs, bits, bits)
+    made = runtime("executorch").export(fixed, inputs)
+    wanted = fixed(*inputs)
+    for found, theirs in zip(made.whole()(), wanted, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-4)
+    (second,) = made.part([1])()
+    torch.testing.assert_close(second, wanted[1], rtol=0, atol=1e-4)
