@@ -10,7 +10,8 @@ def run(path: Path, inputs: Sequence[Tensor | float]) -> list[Tensor]:
     """Return the outputs of a file, all of them; Python numbers are inputs too."""
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(path).load_method("forward")
+    program = Runtime.get().load_program(path)  # a method does not keep it
+    method = program.load_method("forward")
     assert method is not None
     given = [item.contiguous() if isinstance(item, Tensor) else item for item in inputs]
     return [output.clone() for output in method.execute(given)]

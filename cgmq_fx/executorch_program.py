@@ -179,7 +179,8 @@ def _run(program: bytes, inputs: Sequence[Any]) -> None:
 
     leaves = pytree.tree_leaves(tuple(inputs))
     given = [leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    Runtime.get().load_program(program).load_method("forward").execute(given)
+    loaded = Runtime.get().load_program(program)  # a method does not keep it
+    loaded.load_method("forward").execute(given)
 
 
 def _left_weights(edge: Any) -> frozenset[str]:

@@ -235,7 +235,11 @@ class _Lowered:
         _unsafe_reset_threadpool(1)
         program = Executor.get().load_program(content)
         method = program.load_method("forward")
-        return lambda: method.execute(self.inputs)
+
+        def call(held: object = program) -> object:  # a method does not keep its program
+            return method.execute(self.inputs)
+
+        return call
 
 
 _RUNTIMES: Mapping[str, Callable[[], Runtime]] = {

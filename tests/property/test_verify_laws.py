@@ -28,7 +28,7 @@ def test_a_program_alone_says_what_the_report_says(drawn, data):
         verify_agrees.check(drawn, data, Path(folder), ".pt2")
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(models(), st.data())
 def test_a_program_of_executorch_alone_says_what_the_report_says(drawn, data):
     with TemporaryDirectory() as folder:
