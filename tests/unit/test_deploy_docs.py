@@ -57,7 +57,7 @@ def fixed_of(found):
 
 def check_executorch(found):
     torch.testing.assert_close(found["y"], found["wanted"], rtol=0, atol=5e-3)
-    assert found["int8_kernels"] == 3
+    assert 0 < found["int8_kernels"] < 4
 
 
 def check_onnxruntime(found):
