@@ -57,18 +57,22 @@ def executorch_program(fixed: LoweredModule, inputs: Sequence[Any]) -> bytes:
         UsageError: it is not computed in float32.
     """
     values: frozenset[str] = frozenset()
+    careful = False
     with _quiet():
         while True:
             program = _exported(fixed, tuple(inputs), values)
             try:
-                edge = _delegated(program)
+                edge = _delegated(program, careful=careful)
                 left = _left_weights(edge) - values
                 if not left:
                     found = bytes(edge.to_executorch().buffer)
                     _run(found, inputs)
                     return found
             except Exception as error:  # ExecuTorch raises whatever its parts do
-                raise _unsupported(fixed, error, "ExecuTorch") from error
+                if careful:
+                    raise _unsupported(fixed, error, "ExecuTorch") from error
+                careful = True
+                continue
             # XNNPACK computes these operations otherwise than in int8, or not at all.
             values |= left
 
@@ -120,22 +124,24 @@ def _open_batch(inputs: tuple[Any, ...], axis: int | None) -> Any:
     return tuple(pytree.tree_map(open_axis, item) for item in inputs)
 
 
-def _delegated(program: torch.export.ExportedProgram) -> Any:
-    """Return the program in ExecuTorch's dialect, with parts for XNNPACK."""
+def _delegated(program: torch.export.ExportedProgram, *, careful: bool) -> Any:
+    """Return the program in ExecuTorch's dialect, with parts for XNNPACK; see `_configurations`."""
     # The kernels for what XNNPACK does not take are registered by this import.
     import executorch.kernels.quantized  # noqa: F401
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    partitioner = XnnpackPartitioner(configs=_configurations())
+    partitioner = XnnpackPartitioner(configs=_configurations(careful=careful))
     return to_edge_transform_and_lower(program, partitioner=[partitioner])
 
 
-def _configurations() -> list[Any]:
+def _configurations(*, careful: bool) -> list[Any]:
     """Return what XNNPACK may take: of quantize and dequantize operators those of int8 alone.
 
     Its own configurations take any, and compute wrong numbers or fail. Batch norms that are left
-    are not taken: XNNPACK would fold them into weights, off their grids.
+    are not taken: XNNPACK would fold them into weights, off their grids. Where `careful`, float
+    layers that read codes are not either: its passes over convolutions of one dimension and over
+    padding take some for int8 layers, and fail.
     """
     from executorch.backends.xnnpack.partition import config
     from executorch.backends.xnnpack.partition.config.gemm_configs import GEMMConfig
@@ -143,7 +149,10 @@ def _configurations() -> list[Any]:
     def narrowed(kind: Any) -> Any:
         class Narrowed(kind):  # type: ignore[misc]
             def check_constraints(self, node: fx.Node, ep: Any) -> bool:
-                return not _is_foreign(node) and bool(super().check_constraints(node, ep))
+                is_mixed = careful and isinstance(self, GEMMConfig) and _reads_codes(node)
+                if _is_foreign(node) or is_mixed:
+                    return False
+                return bool(super().check_constraints(node, ep))
 
             def get_partition(self, node: fx.Node, ep: Any) -> list[fx.Node]:
                 if isinstance(self, GEMMConfig) or not _touches_foreign(node):
@@ -154,6 +163,14 @@ def _configurations() -> list[Any]:
 
     kinds = (kind for kind in config.ALL_PARTITIONER_CONFIGS if kind is not config.BatchNormConfig)
     return [narrowed(kind) for kind in kinds]
+
+
+def _reads_codes(layer: fx.Node) -> bool:
+    """Tell whether a layer with a float weight reads codes, padded or not."""
+    inputs = [*layer.all_input_nodes]
+    inputs += [item.all_input_nodes[0] for item in inputs if "constant_pad" in str(item.target)]
+    reads = any("dequantize_per_tensor" in str(item.target) for item in inputs)
+    return reads and not any("dequantize_per_channel" in str(item.target) for item in inputs)
 
 
 def _touches_foreign(node: fx.Node) -> bool:

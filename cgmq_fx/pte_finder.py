@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cgmq_fx.frozen import FrozenModule, FrozenWeight
 from cgmq_fx.lowered import LoweredModule
-from cgmq_fx.pools import Array, array_of
+from cgmq_fx.pools import NUMPY_TYPES, Array, array_of
 from cgmq_fx.prepared import PLAN
 from cgmq_fx.pte_grids import PteGrids
 from cgmq_fx.pte_places import Place, orders
@@ -17,6 +17,8 @@ from cgmq_fx.xnnpack_modules import int8_codes, is_eight_bit
 from cgmq_fx.xnnpack_reader import QCINT32
 
 _MAX_GROUPS = 64
+#: Types of files by those of numpy.
+_TYPES = {np.dtype(kind).str: name for name, kind in NUMPY_TYPES.items()} | {"|b1": "BOOL"}
 
 
 class PlaceFinder:
@@ -29,9 +31,10 @@ class PlaceFinder:
 
     def __init__(self, fixed: LoweredModule, grids: PteGrids) -> None:
         self.fixed, self.grids = fixed, grids
-        self._keys: dict[bytes, list[str]] = {}
+        self._keys: dict[tuple[str, bytes], list[str]] = {}
         for key, item in grids.constants.items():
-            self._keys.setdefault(hashlib.sha256(item.data.data).digest(), []).append(key)
+            digest = hashlib.sha256(item.data.data).digest()
+            self._keys.setdefault((item.dtype, digest), []).append(key)
 
     def places(self) -> list[Place]:
         """Return a place for each tensor of the program; several for what stands there twice.
@@ -60,10 +63,11 @@ class PlaceFinder:
 
     def _of(self, name: str, tensor: Array) -> Iterator[Place]:
         """Yield the places of bytes that a tensor has in one order of its axes."""
+        dtype = _TYPES.get(tensor.dtype.str, "")
         groups = range(2, _MAX_GROUPS + 1) if tensor.ndim in (3, 4) else ()
         for view, axes in orders(tensor.shape, groups):
             data = np.ascontiguousarray(tensor.reshape(view).transpose(axes)).tobytes()
-            keys = self._keys.get(hashlib.sha256(data).digest(), [])
+            keys = self._keys.get((dtype, hashlib.sha256(data).digest()), [])
             yield from (Place(name, key, tuple(view), tuple(axes)) for key in keys)
             if keys:
                 return

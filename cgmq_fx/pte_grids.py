@@ -34,7 +34,7 @@ class PteGrids:
     Attributes:
         graphs: of the parts for XNNPACK.
         constants: by key, the tensors of the program and of its parts, without those of the format.
-        read_as: by key, the tensors of XNNPACK that have these bytes.
+        read_as: by key, the tensors of XNNPACK that read these bytes as numbers of one type.
         tensors: by name, complete where `faults` yields nothing.
 
     Raises:
@@ -51,17 +51,19 @@ class PteGrids:
                     if key and key not in file.named:
                         raise fault("has a tensor for XNNPACK whose numbers it has not")
                 if value.key:
-                    self.read_as.setdefault(value.key, []).append(value)
+                    key = f"{value.key}:{_ITEMS[value.kind]}"
+                    self.read_as.setdefault(key, []).append(value)
         self.scale_keys = {
             value.scale_key for held in self.read_as.values() for value in held if value.scale_key
         }
         self.constants = {item.name: item for item in file.constants.values()}
         for key, held in self.read_as.items():
             self.constants[key] = self._constant(key, held, fault)
+        self._stored = {value.key for held in self.read_as.values() for value in held}
         self.tensors: dict[str, StoredTensor] = {}
 
     def _constant(self, key: str, held: Sequence[XnnValue], fault: FileFault) -> StoredTensor:
-        data = np.frombuffer(self.file.named[key], np.uint8)
+        data = np.frombuffer(self.file.named[held[0].key], np.uint8)
         for value in held:
             if math.prod(value.shape) * ITEM_BYTES[_ITEMS[value.kind]] != data.size:
                 raise fault(f"has a tensor {list(value.shape)} for XNNPACK in {data.size:,} bytes")
@@ -130,7 +132,7 @@ class PteGrids:
         self, claims: Mapping[str, Sequence[Place]], activations: ActivationReader
     ) -> Iterator[str]:
         own = {key for key in self.file.named if key.startswith(OWN)}
-        known = {*self.constants, *self.scale_keys}
+        known = self._stored | self.scale_keys
         for key in sorted(set(self.file.named) - own - known):
             yield f"nothing reads the bytes {key!r}"
         for key in sorted(known & own):

@@ -30,7 +30,8 @@ class Place:
 
     Attributes:
         name: of the tensor.
-        key: of the bytes in the file, or ``constants.<index>``.
+        key: of the bytes in the file, a colon, and the type that they are read as; or
+            ``constants.<index>``, of the program.
         view: the shape that the tensor is seen in.
         axes: the order of those axes in the file.
     """
