@@ -85,7 +85,7 @@ def passing(quantizers: Iterable[Quantizer]) -> Iterator[None]:
     """Let quantizers pass their tensors unchanged, whatever their bit-width."""
     held = [quantizer for quantizer in quantizers if quantizer.tap is None]
     for quantizer in held:
-        quantizer.tap = _ignore
+        quantizer.tap = unseen
     try:
         yield
     finally:
@@ -93,8 +93,8 @@ def passing(quantizers: Iterable[Quantizer]) -> Iterator[None]:
             quantizer.tap = None
 
 
-def _ignore(x: Tensor) -> None:
-    pass
+def unseen(x: Tensor) -> None:
+    """Let a tensor pass its quantizer; a tap that looks at nothing."""
 
 
 @contextmanager

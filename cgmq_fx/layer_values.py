@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from cgmq_fx.calibrate import unseen
 from cgmq_fx.calibration_data import Inputs
 from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.prepared import PreparedModule
@@ -89,7 +90,7 @@ def float_twin(prepared: PreparedModule) -> PreparedModule:
     """Return a copy in which every tensor passes its quantizer unchanged, in evaluation mode."""
     twin = copy.deepcopy(prepared).eval()
     for quantizer in twin.quantizers.values():
-        quantizer.tap = _ignore
+        quantizer.tap = unseen
     return twin
 
 
@@ -128,10 +129,6 @@ class _Until(fx.Interpreter):
         if n.name == self._name:
             raise _Found(self.fetch_args_kwargs_from_env(n))
         return super().run_node(n)
-
-
-def _ignore(x: Tensor) -> None:
-    pass
 
 
 def _bound(
