@@ -32,6 +32,8 @@ names = [entry.name for entry in importlib.resources.files("cgmq_fx.cost.tables"
 tables = [name for name in names if name.endswith(".toml")]
 assert tables, "no cost table is installed"
 assert importlib.util.find_spec("cgmq_fx.testing") is not None, "the kit is not installed"
+kernels = importlib.resources.files("cgmq_fx") / "native" / "fake_quantize.c"
+assert kernels.is_file(), "the source of the compiled kernels is not installed"
 print(f"cgmq_fx {cgmq_fx.__version__} works when installed; cost tables: {sorted(tables)}")
 """
 
@@ -48,7 +50,7 @@ def run(*command: str | Path, cwd: Path) -> None:
 
 def expected_files() -> set[str]:
     """Return the paths in the wheel of all source and data files of the three folders."""
-    kinds = {".py", ".toml", ".typed"}
+    kinds = {".py", ".toml", ".typed", ".c", ".h"}
     return {
         f"{target}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, target in FOLDERS.items()
