@@ -36,6 +36,7 @@ from cgmq_fx.passes.price_operations import PriceOperations
 from cgmq_fx.passes.recurrent import elements_inside, is_recurrent, product_operands
 from cgmq_fx.passes.values import find_attribute
 from cgmq_fx.quantizers import QuantizerSet
+from cgmq_fx.unit_bits import map_bits
 
 #: Name of the built-in resource that counts every parameter once, packed.
 WEIGHT_MEMORY = "weight_memory"
@@ -238,6 +239,7 @@ class _Accountant:
                     quantized[self.site_index[name]] = tensor.numel
         fixed = FLOAT_BITS * sum(self._float_parameters().values())
         names = [list(self.site_index)[site] for site in quantized]
+        maps = [map_bits(self.specs[name].num_units, self.specs[name].widths) for name in names]
         return weight_memory(
             list(quantized),
             list(quantized.values()),
@@ -245,6 +247,7 @@ class _Accountant:
             len(self.site_index),
             self.widths,
             names,
+            maps,
         )
 
     def _float_parameters(self) -> dict[int, int]:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
+from cgmq_fx.cost.mixture import Mixture, WidthIndex
 from cgmq_fx.cost.operation import BoundOperation
 from cgmq_fx.cost.totals import Resource
+from cgmq_fx.unit_bits import UnitBits
 
 Coverage = Literal["quantized", "float", "free"]
 
@@ -58,7 +60,8 @@ class LedgerEntry:
 class Accounting:
     """Operations, sites, resources and bounds of one network; a value that never changes.
 
-    Bit-widths are given as one number of bits for each site, in the order of `sites`.
+    Bit-widths are given as one number of bits, or `UnitBits`, for each site, in the order of
+    `sites`.
 
     Attributes:
         sites: the quantizers.
@@ -85,18 +88,30 @@ class Accounting:
         return tuple(site.name for site in self.sites)
 
     def index(self, bits: Sequence[int]) -> list[int]:
-        """Return the positions of `bits` in `widths`."""
-        place = {width: position for position, width in enumerate(self.widths)}
-        return [place[width] for width in bits]
+        """Return the positions of `bits` in `widths`; of `UnitBits` that of the widest."""
+        place = self._place
+        return [place[int(width)] for width in bits]
+
+    def mixed_index(self, bits: Sequence[int]) -> list[WidthIndex]:
+        """Return the positions of `bits` in `widths`; of `UnitBits` all of them, with counts."""
+        place = self._place
+        return [
+            Mixture.of(width.counts, place) if isinstance(width, UnitBits) else place[width]
+            for width in bits
+        ]
+
+    @property
+    def _place(self) -> dict[int, int]:
+        return {width: position for position, width in enumerate(self.widths)}
 
     def totals(self, bits: Sequence[int]) -> dict[str, Fraction]:
         """Return the exact total of every resource, in its unit."""
-        index = self.index(bits)
+        index = self.mixed_index(bits)
         return {name: resource.total(index) for name, resource in self.resources.items()}
 
     def violations(self, bits: Sequence[int]) -> dict[str, Fraction]:
         """Return by how much each budget that is not met is exceeded."""
-        index = self.index(bits)
+        index = self.mixed_index(bits)
         over = {
             name: self.resources[name].total(index) - limit for name, limit in self.limits.items()
         }

@@ -11,8 +11,6 @@ from fractions import Fraction
 
 from cgmq_fx.accounting import Accounting
 from cgmq_fx.errors import BudgetError
-from cgmq_fx.prepared import PreparedModule
-from cgmq_fx.sensitivity import predicted_loss
 from cgmq_fx.tally import Tally
 
 #: Predicted rise of the loss by bit-width, one mapping for each site.
@@ -164,17 +162,3 @@ class _Search:
         )
         gain = self._loss(site, here) - self._loss(site, to)
         return -gain / (price + _TINY), site, to, here
-
-
-def lower_to_budget(prepared: PreparedModule) -> None:
-    """Move the bit-widths that the loss needs least down until every budget is met.
-
-    Ranges follow in the next forward, or with `cgmq_fx.passes.freeze_bit_widths.settle_ranges`.
-
-    Raises:
-        BudgetError: no bit-widths within every budget were found.
-    """
-    accounting = prepared.plan.accounting
-    bits = list(prepared.bit_widths.values())
-    if not accounting.is_satisfied(bits):
-        prepared.set_bit_widths(allocate(accounting, predicted_loss(prepared), start=bits))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
-from cgmq_fx.allocate import allocate
+from cgmq_fx.choose_bits import choose_bits
 from cgmq_fx.errors import UsageError
 from cgmq_fx.gates import bit_width_of
 from cgmq_fx.prepared import PreparedModule
-from cgmq_fx.sensitivity import mean_gradients, mean_size, predicted_loss
+from cgmq_fx.sensitivity import mean_gradients, mean_size
 from cgmq_fx.tally import Tally
 
 # A gate falls at least this much, and at most its inverse, of what the median gate does at a check.
@@ -130,8 +130,7 @@ class FisherDirection:
             name: _between(widest[name], limit, progress)
             for name, limit in accounting.limits.items()
         }
-        chosen = allocate(accounting, predicted_loss(prepared), start=start, limits=limits)
-        prepared.set_bit_widths(chosen)
+        prepared.set_bit_widths(choose_bits(prepared, start=start, limits=limits))
 
 
 def _between(widest: Fraction, limit: Fraction, progress: float) -> Fraction:

@@ -286,7 +286,7 @@ class _FakeQuantize(torch.autograd.Function):
             found = native_backward(ctx.call, x, grad_out, saved, BOUNDS)
             needed = (needs_x, needs_multiplier, needs_probe)
             return _gradients(*(g if n else None for g, n in zip(found, needed, strict=True)))
-        grad_probe = _statistics(widen(grad_out)) if needs_probe else None
+        grad_probe = statistics_of(widen(grad_out)) if needs_probe else None
         if ctx.bypass:
             return _gradients(grad_out if needs_x else None, None, grad_probe)
         x, base, quant_max, passthrough, ends, *fields = ctx.saved_tensors
@@ -371,7 +371,8 @@ def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
     return torch.split(tensor.view(-1), BLOCK_VALUES)
 
 
-def _statistics(grad: Tensor) -> Tensor:
+def statistics_of(grad: Tensor) -> Tensor:
+    """Return the gradient of a probe, from that of the output in a wide type; shape (2,)."""
     if torch.compiler.is_compiling():
         mean, squares = _total(grad) / max(grad.numel(), 1), _total(grad * grad)
     else:

@@ -3,6 +3,7 @@
 The arithmetic is that of `cgmq_fx.fake_quantize`, so that values are equal bit for bit.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,15 @@ from cgmq_fx.attention import attention_weights, weighted_values
 from cgmq_fx.errors import UsageError
 from cgmq_fx.fake_quantize import RANGE_MIN, Grid, to_steps, widen
 from cgmq_fx.gates import BINARY_WIDTH
-from cgmq_fx.packed_codes import pack_codes, unpack_codes
+from cgmq_fx.packed_codes import (
+    pack_codes,
+    pack_unit_codes,
+    storage_type,
+    unpack_codes,
+    unpack_unit_codes,
+)
 from cgmq_fx.quantizers import QParams
+from cgmq_fx.unit_bits import UnitBits
 
 _SAME_WIDTHS = "load the state of a module that was lowered to the same bit-widths"
 
@@ -24,7 +32,7 @@ class FrozenModule(nn.Module):
     Attributes:
         site: the name that the quantizer had.
         role: ``weight``, ``activation`` or ``input``.
-        bit_width: bits of each of its codes, 0 to 16.
+        bit_width: bits of each of its codes, 0 to 16; `UnitBits` where these differ.
         quant_min: smallest code.
         quant_max: largest code.
     """
@@ -60,11 +68,15 @@ class FrozenWeight(FrozenModule):
         channel_axis: the axis of the codes that scale runs along where it has shape (channels,).
             None: scale has shape () or broadcasts with the codes.
         dtype: of the value.
+        unit_shape: of what has a bit-width of its own, broadcasts with the codes, where the
+            bit-widths of the grid are `UnitBits`.
 
     Attributes:
         packed: the codes at their true width, uint8 of shape ``(ceil(elements * bits / 8),)``, as
             `cgmq_fx.packing` lays them out.
         shape: of the codes, and of the value.
+        unit_bits: where bit-widths differ that of each unit, uint8, in a shape that broadcasts with
+            the codes; else None.
 
     Raises:
         UsageError: codes do not lie on the grid.
@@ -72,6 +84,7 @@ class FrozenWeight(FrozenModule):
 
     packed: Tensor
     zero_point: Tensor | None
+    unit_bits: Tensor | None
 
     def __init__(
         self,
@@ -80,9 +93,11 @@ class FrozenWeight(FrozenModule):
         codes: Tensor,
         channel_axis: int | None,
         dtype: torch.dtype,
+        unit_shape: Sequence[int] = (),
     ) -> None:
         super().__init__(site, "weight", qparams)
         self.channel_axis, self.dtype, self.shape = channel_axis, dtype, codes.shape
+        self.register_buffer("unit_bits", _unit_bits(qparams.bit_width, unit_shape, codes))
         self.register_buffer("packed", self._pack(codes))
         self.register_buffer("zero_point", self._zero_point(qparams))
 
@@ -139,7 +154,9 @@ class FrozenWeight(FrozenModule):
         self._mirror(scale < 0)
         if self.is_binary:
             scale = torch.where(scale == 0, RANGE_MIN, scale)
-        elif bool((scale == 0).any()):
+        elif self.unit_bits is not None:
+            scale = torch.where((scale == 0) & (self.unit_bits == BINARY_WIDTH), RANGE_MIN, scale)
+        if bool((scale == 0).any()):
             zero = 0 if self.zero_point is None else self.zero_point
             self.codes = torch.where(scale == 0, zero, self.codes)
         scale = torch.where(scale == 0, old, scale.abs())
@@ -160,9 +177,15 @@ class FrozenWeight(FrozenModule):
 
     def _pack(self, codes: Tensor) -> Tensor:
         self._check(codes)
+        if self.unit_bits is not None:
+            return pack_unit_codes(codes, self.unit_bits, signed=self.quant_min < 0)
         return pack_codes(codes, self.bit_width, signed=self.quant_min < 0)
 
     def _unpack(self, packed: Tensor) -> Tensor:
+        if self.unit_bits is not None:
+            signed = self.quant_min < 0
+            codes = unpack_unit_codes(packed, self.unit_bits, self.shape, signed=signed)
+            return codes.to(storage_type(int(self.bit_width), signed=signed))
         return unpack_codes(packed, self.bit_width, self.shape, signed=self.quant_min < 0)
 
     def _check(self, codes: Tensor) -> None:
@@ -178,7 +201,7 @@ class FrozenWeight(FrozenModule):
 
     def get_extra_state(self) -> Tensor:
         """Return the bit-width, without which packed codes say nothing."""
-        return torch.tensor(self.bit_width)
+        return torch.tensor(int(self.bit_width))
 
     def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: that the bit-width is the module's was checked before anything was loaded."""
@@ -186,8 +209,12 @@ class FrozenWeight(FrozenModule):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        bit_width = int(state_dict.get(f"{prefix}_extra_state", self.bit_width))
-        if bit_width != self.bit_width:
+        bit_width = int(state_dict.get(f"{prefix}_extra_state", int(self.bit_width)))
+        units = state_dict.get(f"{prefix}unit_bits", self.unit_bits)
+        same = units is self.unit_bits or (
+            units is not None and self.unit_bits is not None and _equal(units, self.unit_bits)
+        )
+        if bit_width != int(self.bit_width) or not same:
             raise UsageError(
                 f"frozen weight {self.site!r}: codes of {bit_width} bits are not loaded where it "
                 f"has {self.bit_width}; {_SAME_WIDTHS}"
@@ -196,6 +223,17 @@ class FrozenWeight(FrozenModule):
         if loaded is not None and loaded.shape == self.packed.shape:
             self._check(self._unpack(loaded))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one.to(other.device) == other).all())
+
+
+def _unit_bits(bit_width: int, unit_shape: Sequence[int], codes: Tensor) -> Tensor | None:
+    if not isinstance(bit_width, UnitBits):
+        return None
+    units = torch.frombuffer(bytearray(bit_width.units), dtype=torch.uint8)
+    return units.view(tuple(unit_shape)).to(codes.device)
 
 
 class FrozenQuantizer(FrozenModule):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from cgmq_fx.accounting import Accounting
-from cgmq_fx.allocate import lower_to_budget
+from cgmq_fx.choose_bits import lower_to_budget
 from cgmq_fx.errors import BudgetError, TrainingError, UsageError
 from cgmq_fx.lowered import LoweredModule
 from cgmq_fx.passes.candidates import is_quantizer

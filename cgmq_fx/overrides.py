@@ -7,6 +7,7 @@ from typing import Any, get_args
 from cgmq_fx.errors import UsageError
 from cgmq_fx.gates import is_width
 from cgmq_fx.quantizer_spec import Role
+from cgmq_fx.unit_bits import Granularity
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Override:
             symmetric, and unsigned where the tensor cannot be negative. None: symmetric for
             weights, unsigned for what cannot be negative, affine for the rest.
         role: concerns only weights, only activations or only inputs of the model.
+        granularity: what has a bit-width of its own, as in `cgmq_fx.prepare`; concerns weights
+            alone.
 
     Raises:
         UsageError: fields out of these bounds, all named at once.
@@ -32,6 +35,7 @@ class Override:
     per_channel: bool | None = None
     affine: bool | None = None
     role: Role | None = None
+    granularity: Granularity | None = None
 
     def __post_init__(self) -> None:
         faults = [*self._width_faults(), *self._option_faults()]
@@ -68,11 +72,15 @@ class Override:
         if self.role is not None and self.role not in get_args(Role):
             options = ", ".join(map(repr, get_args(Role)))
             faults.append(f"role={self.role!r} is unknown, use one of {options}")
-        if self.role in ("activation", "input") and self.per_channel is not None:
-            faults.append(
-                f"per_channel={self.per_channel!r} concerns weights, and role={self.role!r} leaves "
-                f"them out; remove one of them"
-            )
+        if self.granularity is not None and self.granularity not in get_args(Granularity):
+            options = ", ".join(map(repr, get_args(Granularity)))
+            faults.append(f"granularity={self.granularity!r} is unknown, use one of {options}")
+        for name in ("per_channel", "granularity"):
+            if self.role in ("activation", "input") and getattr(self, name) is not None:
+                faults.append(
+                    f"{name}={getattr(self, name)!r} concerns weights, and role={self.role!r} "
+                    f"leaves them out; remove one of them"
+                )
         if all(getattr(self, key) is None for key in _SAYING):
             faults.append(f"it says nothing; give one of {', '.join(_SAYING)}")
         return faults
@@ -116,7 +124,7 @@ def merged(chosen: Iterable[Chosen]) -> tuple[Chosen | None, list[str]]:
     said: dict[str, Any] = {}
     sources: dict[str, bool] = {}
     faults: list[str] = []
-    for keys in (("bit_width", "widths"), ("per_channel",), ("affine",)):
+    for keys in (("bit_width", "widths"), ("per_channel",), ("affine",), ("granularity",)):
         speaking = [item for item in distinct if _said(item, keys)]
         exact = [item for item in speaking if item.is_exact]
         winning = exact or speaking

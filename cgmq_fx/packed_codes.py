@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cgmq_fx.packing import code_range, pack
+from cgmq_fx.packing import code_range, pack, pack_units
 
-_BYTE = 8
+_BYTE, _WORD = 8, 16
 
 
 def storage_type(bit_width: int, *, signed: bool) -> torch.dtype:
@@ -67,6 +67,44 @@ def unpack_codes(packed: Tensor, bit_width: int, shape: Sequence[int], *, signed
         for place in range(codes_in_group)
     ]
     return torch.stack(columns, 1).view(-1)[:count].view(tuple(shape))
+
+
+def pack_unit_codes(codes: Tensor, bit_widths: Tensor, *, signed: bool) -> Tensor:
+    """Return codes of different widths as `cgmq_fx.packing.pack_units`, on their device.
+
+    Args:
+        codes: integers of any shape.
+        bit_widths: uint8; broadcasts with the codes.
+        signed: whether they are in two's complement, or, of 1 bit, -1 and 1.
+
+    Raises:
+        UsageError: a code does not fit its width.
+    """
+    widths = bit_widths.expand(codes.shape).cpu().numpy()
+    packed = pack_units(codes.detach().cpu().numpy(), widths, signed=signed)
+    return torch.from_numpy(packed).to(codes.device)
+
+
+def unpack_unit_codes(
+    packed: Tensor, bit_widths: Tensor, shape: Sequence[int], *, signed: bool
+) -> Tensor:
+    """Return the codes that `pack_unit_codes` packed, in `shape`, as int32."""
+    widths = bit_widths.expand(tuple(shape)).reshape(-1).to(torch.int32)
+    places = torch.arange(_WORD, dtype=torch.int32, device=packed.device)
+    bits = (packed.unsqueeze(1) >> places[:_BYTE].to(torch.uint8)) & 1
+    stream = bits.flatten().to(torch.int32)
+    # A code begins where those before it end; bits behind its own are read as 0.
+    starts = widths.cumsum(0) - widths
+    codes = torch.zeros_like(widths)
+    for place in range(_WORD):
+        at = (starts + place).clamp_(max=max(0, len(stream) - 1))
+        if len(stream):
+            codes += torch.where(place < widths, stream[at], 0) << place
+    if signed:
+        half = torch.ones_like(widths) << (widths - 1).clamp_(min=0)
+        wrapped = codes - torch.where((codes >= half) & (widths > 1), 2 * half, 0)
+        codes = torch.where(widths == 1, 2 * codes - 1, wrapped)
+    return codes.view(tuple(shape))
 
 
 def _column(words: Tensor, start: int, bit_width: int, signed: bool) -> Tensor:

@@ -18,6 +18,8 @@ from cgmq_fx.errors import UsageError
 MIN_WIDTH, MAX_WIDTH = 0, 16
 # A whole number of bytes at every width; bounds the memory that the bits take one by one.
 _BLOCK = 1 << 16
+_PLACES = np.arange(16)
+_NOTHING = np.empty(0, np.uint8)
 
 
 def packed_bytes(count: int, bit_width: int) -> int:
@@ -125,3 +127,104 @@ def _unpack_block(
     words = np.zeros((count, 16), np.uint8)
     words[:, :bit_width] = bits.reshape(count, bit_width)
     return np.packbits(words, axis=1, bitorder="little").view("<u2").reshape(-1)
+
+
+def pack_units(
+    codes: npt.ArrayLike, bit_widths: npt.NDArray[np.uint8], *, signed: bool
+) -> npt.NDArray[np.uint8]:
+    """Return codes of different widths as packed bytes: each takes its own width in the stream.
+
+    Args:
+        codes: integers, n of them in any shape.
+        bit_widths: of each code, shape (n,), 0 to 16.
+        signed: as in `pack`.
+
+    Raises:
+        UsageError: a code does not fit its width, or a width is none.
+
+    >>> pack_units([1, 7, 3, -1], np.array([2, 4, 0, 2], np.uint8), signed=True)
+    Traceback (most recent call last):
+        ...
+    cgmq_fx.errors.UsageError: the code 3 does not fit 0 signed bits; pack it at a wider bit_width
+    >>> pack_units([1, 7, 0, -1], np.array([2, 4, 0, 2], np.uint8), signed=True).tolist()
+    [221]
+    """
+    flat, widths = np.asarray(codes).reshape(-1), _checked_widths(bit_widths)
+    lows, highs = _ends(signed=signed)
+    outside = (flat < lows[widths]) | (flat > highs[widths])
+    if signed:
+        outside |= (widths == 1) & (flat == 0)
+    if outside.any():
+        first = int(outside.argmax())
+        raise UsageError(
+            f"the code {int(flat[first])} does not fit {int(widths[first])} "
+            f"{'signed' if signed else 'unsigned'} bits; pack it at a wider bit_width"
+        )
+    if signed:
+        flat = np.where(widths == 1, flat > 0, flat)
+    streams = []
+    for start in range(0, flat.size, _BLOCK):
+        words = flat[start : start + _BLOCK].astype(np.int32).astype("<u2")
+        bits = np.unpackbits(words.view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")
+        streams.append(bits[_PLACES < widths[start : start + _BLOCK, None]])
+    return np.packbits(np.concatenate(streams or [_NOTHING]), bitorder="little")
+
+
+def unpack_units(
+    data: npt.NDArray[np.uint8],
+    bit_widths: npt.NDArray[np.uint8],
+    shape: Sequence[int],
+    *,
+    signed: bool,
+) -> npt.NDArray[np.int32]:
+    """Return the codes that `pack_units` packed, in `shape`.
+
+    Raises:
+        UsageError: there are more or fewer bytes than these codes take, bits that no code uses are
+            not 0, or a width is none.
+    """
+    widths = _checked_widths(bit_widths)
+    ends = np.cumsum(widths, dtype=np.int64)
+    total = int(ends[-1]) if widths.size else 0
+    wanted = -(-total // 8)
+    if data.size != wanted or math.prod(shape) != widths.size:
+        raise UsageError(
+            f"{data.size:,} bytes cannot hold {math.prod(shape):,} codes of "
+            f"{widths.size:,} bit-widths, which take {wanted:,}; give the bytes that pack_units "
+            f"returned, with the widths and shape of then"
+        )
+    spare = wanted * 8 - total
+    if spare and int(data[-1]) >> (8 - spare):
+        raise UsageError(f"the {spare} bits behind the last code are not 0; pack the codes anew")
+    codes = np.zeros(widths.size, np.int32)
+    for start in range(0, widths.size, _BLOCK):
+        part = widths[start : start + _BLOCK]
+        first = int(ends[start]) - int(part[0])
+        last = int(ends[start + part.size - 1])
+        bits = np.unpackbits(data[first // 8 : -(-last // 8)], bitorder="little")
+        words = np.zeros((part.size, 16), np.uint8)
+        words[part[:, None] > _PLACES] = bits[first % 8 : first % 8 + last - first]
+        packed = np.packbits(words, axis=1, bitorder="little").view("<u2").reshape(-1)
+        codes[start : start + part.size] = packed
+    if signed:
+        half = np.int32(1) << np.maximum(widths.astype(np.int32) - 1, 0)
+        wrapped = codes - ((codes >= half) & (widths > 1)) * 2 * half
+        codes = np.where(widths == 1, 2 * codes - 1, wrapped).astype(np.int32)
+    return codes.reshape(tuple(shape))
+
+
+def _checked_widths(bit_widths: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    widths = np.asarray(bit_widths, np.uint8).reshape(-1)
+    if widths.size and int(widths.max()) > MAX_WIDTH:
+        raise UsageError(
+            f"bit_width {int(widths.max())} cannot be packed; take one from {MIN_WIDTH} to "
+            f"{MAX_WIDTH}"
+        )
+    return widths
+
+
+def _ends(*, signed: bool) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Return the smallest and the largest code of each width."""
+    ranges = [code_range(bits, signed=signed) for bits in range(MAX_WIDTH + 1)]
+    low, high = zip(*ranges, strict=True)
+    return np.array(low, np.int32), np.array(high, np.int32)

@@ -12,6 +12,7 @@ from cgmq_fx.budget import Budget, Limit
 from cgmq_fx.choices import Choices
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.errors import TrainingError
+from cgmq_fx.unit_bits import Granularity
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Settings:
         batch_axis: the axis of the inputs that counts samples; None: costs are of the whole input.
         choices: what stays float, what differs and what shares a quantizer.
         front_end: what recorded the graph, ``"fx"`` or ``"export"``.
+        granularity: what of a weight has a bit-width of its own.
     """
 
     budget: Budget
@@ -39,6 +41,7 @@ class Settings:
     batch_axis: int | None
     choices: Choices = field(default_factory=Choices)
     front_end: str = "fx"
+    granularity: Granularity = "layer"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Settings":
         return self

@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from cgmq_fx.plan import Plan, Settings
 from cgmq_fx.prepared import PLAN, PreparedModule, is_prepared, one_sample
 from cgmq_fx.quantize_graph import quantizing_passes
 from cgmq_fx.quantizers import QuantizerSet
+from cgmq_fx.unit_bits import Granularity
 
 Table = str | os.PathLike[str] | Mapping[str, Any] | CostTable
 
@@ -45,6 +46,7 @@ def prepare(
     widths: Sequence[int] = DEFAULT_WIDTHS,
     learn_input_bits: bool = False,
     per_channel: bool = True,
+    granularity: Granularity = "layer",
     batch_axis: int | None = 0,
     skip: Skip = (),
     overrides: Overrides | None = None,
@@ -72,6 +74,9 @@ def prepare(
         learn_input_bits: learn the bit-width of the inputs too. Otherwise they arrive with the cost
             table's ``input_bits`` and are quantized to that.
         per_channel: give weights a range for each output channel, not one for the whole tensor.
+        granularity: what of a weight has a bit-width of its own: ``"layer"``, the whole weight;
+            ``"channel"``, each output channel; ``"element"``, each element. Weights without
+            output channels, and those whose bit-width is not learned, have one.
         batch_axis: the axis of the inputs that counts samples; costs are for one sample. None:
             costs are for the inputs as they are.
         skip: what stays float: a selector or several. A selector is the name of an operation, a
@@ -95,7 +100,8 @@ def prepare(
         UsageError: another argument makes no sense.
     """
     settings = _settings(budget, cost_table, widths, learn_input_bits, per_channel, batch_axis)
-    settings = replace(settings, choices=read_choices(skip, overrides, share))
+    choices = read_choices(skip, overrides, share)
+    settings = replace(settings, choices=choices, granularity=_checked_granularity(granularity))
     fixed = checked_concrete(model, concrete_args)
     twin = _copy(model, is_lazy_allowed=example_inputs is not None)
     inputs = None if example_inputs is None else _bound_inputs(twin, example_inputs, fixed)
@@ -170,6 +176,13 @@ def _checked_widths(widths: Sequence[int]) -> tuple[int, ...]:
         )
     # 32 bits is where training starts; where the hardware has no such width, pricing removes it.
     return tuple(sorted({*widths, FLOAT_WIDTH}))
+
+
+def _checked_granularity(granularity: object) -> Granularity:
+    if granularity not in get_args(Granularity):
+        options = ", ".join(map(repr, get_args(Granularity)))
+        raise UsageError(f"granularity={granularity!r} is unknown; give one of {options}")
+    return cast(Granularity, granularity)
 
 
 def _copy(model: nn.Module, *, is_lazy_allowed: bool) -> nn.Module:

@@ -52,7 +52,9 @@ def quantizing_passes(
         *shapes,
         SelectOperands(_wanted(settings), choices.skip, choices.overrides),
         ShareQuantizers(_shared(settings)),
-        InsertQuantizers(settings.widths, settings.input_bits, settings.per_channel),
+        InsertQuantizers(
+            settings.widths, settings.input_bits, settings.per_channel, settings.granularity
+        ),
     ]
 
 

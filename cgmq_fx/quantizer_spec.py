@@ -1,5 +1,6 @@
 """What a quantizer is for and which integer grids it may use, as a frozen value."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,8 @@ class QuantizerSpec:
             whose 8 bits the cost table fixes.
         num_tensors: how many tensors of one forward it quantizes, one after the other.
         chosen_by: what messages call the selectors of an override that speaks here; "" for none.
+        unit_shape: shape of the gates, which broadcasts with the tensor: () for one. Of a symmetric
+            weight each index of channel_axis can have one, (channels, 1, 1, 1), or each element.
 
     Raises:
         UsageError: fields out of these bounds, all named at once.
@@ -46,14 +49,19 @@ class QuantizerSpec:
     learned: bool = True
     num_tensors: int = 1
     chosen_by: str = ""
+    unit_shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         faults = [*self._option_faults(), *self._width_faults(), *self._channel_faults()]
+        faults += self._unit_faults()
         if faults:
             raise UsageError("QuantizerSpec: " + "; ".join(faults))
 
     def _option_faults(self) -> list[str]:
-        allowed = {"role": (self.role, get_args(Role)), "scheme": (self.scheme, get_args(Scheme))}
+        allowed = {
+            "role": (self.role, get_args(Role)),
+            "scheme": (self.scheme, get_args(Scheme)),
+        }
         return [
             f"{field}={value!r} is unknown, use one of {', '.join(map(repr, options))}"
             for field, (value, options) in allowed.items()
@@ -88,6 +96,29 @@ class QuantizerSpec:
                 "use num_channels=1 for one range per tensor"
             ]
         return []
+
+
+    def _unit_faults(self) -> list[str]:
+        if not self.unit_shape:
+            return []
+        if self.role != "weight" or self.scheme != "symmetric":
+            return [
+                f"unit_shape={self.unit_shape} is for symmetric weights, not for the {self.scheme} "
+                f"grid of the role {self.role}"
+            ]
+        axis = self.channel_axis
+        sizes = 1 if axis is None else self.unit_shape[axis]
+        if min(self.unit_shape) < 1 or sizes != self.num_channels:
+            return [
+                f"unit_shape={self.unit_shape} must have the {self.num_channels} channels on the "
+                f"axis {axis} and no axis of 0"
+            ]
+        return []
+
+    @property
+    def num_units(self) -> int:
+        """How many gates there are."""
+        return math.prod(self.unit_shape)
 
 
 def integer_grid(scheme: Scheme, bit_width: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from cgmq_fx.plan import Plan, Settings
 from cgmq_fx.report_contents import ReportContents, ReportRow, ResourceSummary, TensorRow
 from cgmq_fx.report_files import to_csv, to_json
 from cgmq_fx.report_text import brief, renderable, to_text
+from cgmq_fx.unit_bits import UnitBits
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +90,7 @@ class _Reporter:
         # Those with a budget first: they are what the reader came for.
         names = dict.fromkeys([*accounting.limits, *accounting.resources])
         self.resources = {name: accounting.resources[name] for name in names}
-        self.index = accounting.index(bits)
+        self.index = accounting.mixed_index(bits)
         self.costs = {name: item.costs(self.index) for name, item in self.resources.items()}
 
     def rows(self) -> tuple[ReportRow, ...]:
@@ -156,7 +157,11 @@ class _Reporter:
             role = "activation"
             bits = bits if site is not None else resource.buffers[place].bits
         share = self._budget_share(cost)
-        return TensorRow(term.name, int(amount * 8 / bits), bits, cost, share, role)
+        if site is not None and isinstance(bits, UnitBits):
+            elements = self.accounting.sites[site].elements
+        else:
+            elements = int(amount * 8 / bits)
+        return TensorRow(term.name, elements, bits, cost, share, role)
 
     def summary(self, name: str, settings: Settings) -> ResourceSummary:
         """Return the total of a resource against its budget."""

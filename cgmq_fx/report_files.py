@@ -15,6 +15,7 @@ from cgmq_fx.report_contents import (
     Status,
     TensorRow,
 )
+from cgmq_fx.unit_bits import UnitBits
 
 #: Version of both formats.
 SCHEMA = 1
@@ -79,13 +80,21 @@ def _coverage(coverage: Coverage) -> dict[str, Any]:
     }
 
 
+def _bits(bits: int | None) -> Any:
+    """Return bit-widths as JSON: a number, or where those of units differ their mean and counts."""
+    if not isinstance(bits, UnitBits):
+        return bits
+    counts = {str(width): count for width, count in bits.counts.items()}
+    return {**_pair("mean", bits.mean), "units": counts}
+
+
 def _row(row: ReportRow) -> dict[str, Any]:
     return {
         "name": row.name,
         "op": row.op,
         "target": row.target,
         "macs": row.macs,
-        **{name: getattr(row, name) for name in _BITS},
+        **{name: _bits(getattr(row, name)) for name in _BITS},
         **_amounts("cost", row.cost),
         **_amounts("budget_share", row.budget_share),
         "status": row.status,
@@ -99,7 +108,7 @@ def _tensor(row: TensorRow) -> dict[str, Any]:
         "name": row.name,
         "role": row.role,
         "elements": row.elements,
-        "bits": row.bits,
+        "bits": _bits(row.bits),
         **_amounts("cost", row.cost),
         **_amounts("budget_share", row.budget_share),
     }

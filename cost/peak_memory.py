@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cgmq_fx.cost.floor import Lowest
+from cgmq_fx.cost.mixture import Mixture, WidthIndex, has_mixture
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.terms import Term
 from cgmq_fx.cost.totals import MAX_INT64_SUM
@@ -154,16 +156,16 @@ class PeakMemory:
             return self._peak_of(width_index)
         return self._profile(list(map(int, width_index))).peak
 
-    def total(self, width_index: Tensor | Sequence[int]) -> Fraction:
+    def total(self, width_index: Tensor | Sequence[WidthIndex]) -> Fraction:
         """Return the peak, for one sample."""
-        return Fraction(self.total_scaled(width_index), self.scale)
+        return Fraction(self.total_scaled(_without_mixtures(width_index)), self.scale)
 
-    def costs(self, width_index: Sequence[int]) -> list[Fraction]:
+    def costs(self, width_index: Sequence[WidthIndex]) -> list[Fraction]:
         """Return the size of each buffer that is live at the (first) peak, 0 for all others.
 
         They add up to `total`.
         """
-        profile = self._profile(width_index)
+        profile = self._profile(_without_mixtures(width_index))
         if not profile.live:
             return []
         peak = profile.live.index(profile.peak)
@@ -241,6 +243,16 @@ class PeakMemory:
     def floor(self, allowed: Sequence[tuple[int, ...]]) -> Fraction:
         """Return the smallest peak that the allowed bit-widths reach."""
         return Fraction(self.lowest(allowed).scaled, self.scale)
+
+
+def _without_mixtures(width_index: Any) -> Any:
+    """Return the indices of widths with those of weights that differ within as the widest.
+
+    No buffer has the widths of such a weight.
+    """
+    if not has_mixture(width_index):
+        return width_index
+    return [item.widest if isinstance(item, Mixture) else item for item in width_index]
 
 
 class _Profile:

@@ -22,6 +22,8 @@ from cgmq_fx.errors import CostTableError
 #: Cost of one piece of work by first and second width; None where the hardware lacks the pair.
 _Units = tuple[tuple[Fraction | None, ...], ...]
 _FREE: _Units = ((Fraction(0),),)
+#: Work of which every element of a weight does the same part.
+_DIVISIBLE = frozenset({"mac", "weight"})
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _term(bound: BoundOperation, row: Row | None, units: _Units, scale: int) -> 
         )
         for line in units
     )
-    return Term(bound.operation.name, (sites[0], sites[1]), scaled)
+    is_divisible = row is None or row.per in _DIVISIBLE
+    return Term(bound.operation.name, (sites[0], sites[1]), scaled, is_divisible)
 
 
 def _widths_of(source: BitSource, widths: tuple[int, ...]) -> tuple[int, ...]:

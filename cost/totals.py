@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cgmq_fx.cost.floor import Lowest, lowest_total
+from cgmq_fx.cost.mixture import WidthIndex, has_mixture
 from cgmq_fx.cost.operation import BoundOperation, Operation
 from cgmq_fx.cost.pricing import price_operations
 from cgmq_fx.cost.row import Row
@@ -70,7 +71,7 @@ class Resource(Protocol):
     def rows(self) -> tuple[Row | None, ...]:
         """The row that prices each operation; none where no table prices operations."""
 
-    def total(self, width_index: Sequence[int]) -> Fraction:
+    def total(self, width_index: Sequence[WidthIndex]) -> Fraction:
         """Return the amount of the whole network."""
 
     def total_scaled(self, width_index: Sequence[int]) -> int:
@@ -79,7 +80,7 @@ class Resource(Protocol):
     def bound_scaled(self, bound: Fraction) -> int:
         """Return the largest scaled total that is within `bound`."""
 
-    def costs(self, width_index: Sequence[int]) -> list[Fraction]:
+    def costs(self, width_index: Sequence[WidthIndex]) -> list[Fraction]:
         """Return the part that each of `terms` has in the total; they add up to it exactly."""
 
     def delta_scaled(self, site: int, to: int, width_index: Sequence[int]) -> int:
@@ -184,7 +185,7 @@ class SumResource:
             raise CostTableError(no_price([self._moving[i].name for i in missing]))
         return costs
 
-    def _check_index(self, width_index: Tensor | Sequence[int]) -> None:
+    def _check_index(self, width_index: Tensor | Sequence[WidthIndex]) -> None:
         if len(width_index) != self.num_sites:
             raise UsageError(
                 f"resource {self.name!r} has {self.num_sites} sites, widths were given for "
@@ -201,15 +202,17 @@ class SumResource:
             return self._fixed
         return self._fixed + int(self._gather(torch.as_tensor(width_index)).sum())
 
-    def total(self, width_index: Tensor | Sequence[int]) -> Fraction:
+    def total(self, width_index: Tensor | Sequence[WidthIndex]) -> Fraction:
         """Return the amount of the whole network, for one sample."""
-        return Fraction(self.total_scaled(width_index), self.scale)
+        if has_mixture(width_index):
+            return sum(self.costs(width_index), Fraction(0))
+        return Fraction(self.total_scaled(width_index), self.scale)  # type: ignore[arg-type]
 
-    def costs(self, width_index: Tensor | Sequence[int]) -> list[Fraction]:
+    def costs(self, width_index: Tensor | Sequence[WidthIndex]) -> list[Fraction]:
         """Return the amount of each term; they add up to `total` exactly."""
         self._check_index(width_index)
         at = width_index.tolist() if isinstance(width_index, Tensor) else width_index
-        return [Fraction(term.cost(at), self.scale) for term in self.terms]
+        return [term.cost_of(at) / self.scale for term in self.terms]
 
     def bound_scaled(self, bound: Fraction) -> int:
         """Return the largest scaled total that is within `bound`."""
@@ -333,6 +336,7 @@ def weight_memory(
     num_sites: int,
     widths: tuple[int, ...],
     names: Sequence[str] | None = None,
+    map_bits: Sequence[int] | None = None,
 ) -> SumResource:
     """Return the memory of all parameters, in bytes: each tensor once, packed at its own width.
 
@@ -343,11 +347,13 @@ def weight_memory(
         num_sites: number of learned bit-widths.
         widths: the bit-widths that a site may have, rising.
         names: names of the tensors, for reports.
+        map_bits: for each of them what saying the widths of its elements takes, where they differ.
     """
     labels = names if names is not None else [f"site {site}" for site in sites]
+    maps = [0] * len(sites) if map_bits is None else map_bits
     terms = [
-        Term(name, (site, None), tuple((numel * width,) for width in widths))
-        for name, site, numel in zip(labels, sites, numels, strict=True)
+        Term(name, (site, None), tuple((numel * width,) for width in widths), map_cost=bits)
+        for name, site, numel, bits in zip(labels, sites, numels, maps, strict=True)
     ]
     terms.append(Term("other parameters", (None, None), ((fixed_bits,),)))
     reference = Fraction(FLOAT_BITS * sum(numels) + fixed_bits, 8)

@@ -220,10 +220,12 @@ def _frozen_quantizer(quantizer: Quantizer) -> FrozenQuantizer:
 
 
 def _frozen_weight(quantizer: Quantizer, value: Tensor) -> FrozenWeight:
+    qparams, spec = quantizer.qparams(), quantizer.spec
     return FrozenWeight(
         quantizer.name,
-        quantizer.qparams(),
+        qparams,
         quantizer.quantize(value),
-        quantizer.spec.channel_axis,
+        spec.channel_axis if qparams.scale.ndim < 2 else None,
         value.dtype,
+        spec.unit_shape,
     )

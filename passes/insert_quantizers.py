@@ -33,6 +33,8 @@ from cgmq_fx.passes.values import find_attribute
 from cgmq_fx.quantizer_spec import QuantizerSpec, Role, Scheme
 from cgmq_fx.quantizers import Quantizer, QuantizerSet
 from cgmq_fx.state_quantizer import StateQuantizer
+from cgmq_fx.unit_bits import Granularity
+from cgmq_fx.unit_quantizer import UnitQuantizer
 
 #: Name of the submodule that holds the quantizers of a prepared graph.
 QUANTIZERS = "quantizers"
@@ -73,6 +75,7 @@ class InsertQuantizers(GraphPass):
         widths: allowed bit-widths of learned quantizers.
         input_bits: bit-width of what arrives from outside; None where it is learned too.
         per_channel: weights have a range for each output channel.
+        granularity: what of a weight has a bit-width of its own.
     """
 
     name: ClassVar[str] = "insert-quantizers"
@@ -84,6 +87,7 @@ class InsertQuantizers(GraphPass):
     widths: tuple[int, ...] = DEFAULT_WIDTHS
     input_bits: int | None = 8
     per_channel: bool = True
+    granularity: Granularity = "layer"
 
     def run(self, gm: fx.GraphModule) -> bool:
         """Insert what is missing; see `GraphPass.run`."""
@@ -104,7 +108,9 @@ class InsertQuantizers(GraphPass):
         for site, found in uses.items():
             if site not in within:
                 groups = _calls(found, written, regions)
-                _add(gm, quantizers, Quantizer(self._spec(gm, found, len(groups)), site))
+                spec = self._spec(gm, found, len(groups))
+                kind = UnitQuantizer if spec.unit_shape else Quantizer
+                _add(gm, quantizers, kind(spec, site))
                 _insert(gm, site, groups)
         for site in within:  # last: by now quantizers stand before the operands
             (use,) = uses[site]
@@ -158,18 +164,32 @@ class InsertQuantizers(GraphPass):
         is_nonnegative = all(IS_NONNEGATIVE.get(use.tensor) for use in uses)
         widths, learned = self._widths(said, role)
         axis, channels = None, 1
+        scheme = _scheme(role, said, is_nonnegative=is_nonnegative)
+        units: tuple[int, ...] = ()
         if role == "weight":
             axis, channels = self._channels(gm, uses, said)
+            if learned and scheme == "symmetric" and num_tensors == 1:
+                units = self._units(gm, uses, said, axis)
+        by = "" if chosen is None else chosen.by
         return QuantizerSpec(
-            role,
-            _scheme(role, said, is_nonnegative=is_nonnegative),
-            axis,
-            channels,
-            widths,
-            learned,
-            num_tensors,
-            "" if chosen is None else chosen.by,
+            role, scheme, axis, channels, widths, learned, num_tensors, by, units
         )
+
+    def _units(
+        self, gm: fx.GraphModule, uses: list[_Use], said: Override | None, axis: int | None
+    ) -> tuple[int, ...]:
+        """Return the shape of the gates of a weight; () for one."""
+        granularity = self.granularity
+        if said is not None and said.granularity is not None:
+            granularity = said.granularity
+        shape = _weight_shape(gm, uses[0].tensor)
+        if granularity == "layer" or shape is None or 0 in shape:
+            return ()
+        if granularity == "element":
+            return tuple(shape)
+        if axis is None:
+            return ()
+        return tuple(size if dim == axis else 1 for dim, size in enumerate(shape))
 
     def _within(self, chosen: Chosen | None, *, is_nonnegative: bool) -> QuantizerSpec:
         """Return how a tensor inside an operation is quantized."""

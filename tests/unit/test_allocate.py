@@ -19,7 +19,8 @@ from budget_cases import (
     term,
     total_loss,
 )
-from cgmq_fx.allocate import allocate, lower_to_budget
+from cgmq_fx.allocate import allocate
+from cgmq_fx.choose_bits import lower_to_budget
 from cgmq_fx.errors import BudgetError
 from cgmq_fx.explain_budget import check_feasible
 from cgmq_fx.prepare import prepare

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cgmq_fx
 from cgmq_fx import step_statistics
-from cgmq_fx.allocate import lower_to_budget
+from cgmq_fx.choose_bits import lower_to_budget
 from cgmq_fx.errors import TrainingError
 from cgmq_fx.guide import Guide
 from cgmq_fx.prepared import PreparedModule
