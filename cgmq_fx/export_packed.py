@@ -31,9 +31,11 @@ from cgmq_fx.manifest import (
 )
 from cgmq_fx.manifest_json import to_bytes
 from cgmq_fx.packed_codes import storage_type
-from cgmq_fx.packed_file import CODES, content_digest, require_names
+from cgmq_fx.packed_file import CODES, UNITS, content_digest, require_names
+from cgmq_fx.packing import pack
 from cgmq_fx.prepared import PLAN
 from cgmq_fx.report import Report
+from cgmq_fx.unit_bits import map_bits
 
 #: The type of safetensors for each type of torch.
 TYPE_NAMES: Mapping[torch.dtype, str] = {
@@ -151,7 +153,7 @@ class _Packer:
         return StoredGrid(
             name,
             self._site[module.site],
-            module.bit_width,
+            int(module.bit_width),
             module.quant_min,
             module.quant_max,
             axis if isinstance(axis, int) else None,
@@ -163,11 +165,16 @@ class _Packer:
         signed = module.quant_min < 0
         self.tensors[name + CODES] = module.packed.cpu()
         grid = self._grid(name, module)
+        units: dict[str, tuple[int, ...]] = {}
+        if module.unit_bits is not None:
+            self.tensors[name + UNITS] = packed_units(module)
+            units = {"unit_widths": module.unit_widths, "unit_shape": tuple(module.unit_bits.shape)}
         return StoredWeight(
             **vars(grid),
+            **units,
             shape=tuple(module.shape),
             signed=signed,
-            storage=TYPE_NAMES[storage_type(module.bit_width, signed=signed)],
+            storage=TYPE_NAMES[storage_type(int(module.bit_width), signed=signed)],
             dtype=TYPE_NAMES[module.dtype],
         )
 
@@ -213,6 +220,15 @@ class _Packer:
             if limit is not None:
                 stored = replace(stored, share=limit.share, value=limit.value, unit=limit.unit)
             yield stored
+
+
+def packed_units(module: FrozenWeight) -> Tensor:
+    """Return which of its `unit_widths` each unit of a weight has, packed."""
+    assert module.unit_bits is not None
+    units = module.unit_bits.cpu().numpy()
+    places = np.searchsorted(np.array(module.unit_widths), units)
+    bits = map_bits(1, module.unit_widths)
+    return torch.from_numpy(pack(places, bits, signed=False))
 
 
 def _is_plain(value: Tensor) -> bool:

@@ -70,6 +70,8 @@ class FrozenWeight(FrozenModule):
         dtype: of the value.
         unit_shape: of what has a bit-width of its own, broadcasts with the codes, where the
             bit-widths of the grid are `UnitBits`.
+        unit_widths: the bit-widths that these may have, rising. Where scale has one axis more than
+            the codes it has a row for each of them.
 
     Attributes:
         packed: the codes at their true width, uint8 of shape ``(ceil(elements * bits / 8),)``, as
@@ -94,8 +96,10 @@ class FrozenWeight(FrozenModule):
         channel_axis: int | None,
         dtype: torch.dtype,
         unit_shape: Sequence[int] = (),
+        unit_widths: Sequence[int] = (),
     ) -> None:
         super().__init__(site, "weight", qparams)
+        self.unit_widths = tuple(unit_widths)
         self.channel_axis, self.dtype, self.shape = channel_axis, dtype, codes.shape
         self.register_buffer("unit_bits", _unit_bits(qparams.bit_width, unit_shape, codes))
         self.register_buffer("packed", self._pack(codes))
@@ -127,7 +131,22 @@ class FrozenWeight(FrozenModule):
 
     def broadcast_scale(self) -> Tensor:
         """Return the scale in a shape that broadcasts with the codes."""
-        return self._broadcast(self.scale)
+        return self._of_units(self.scale) if self._is_by_width else self._broadcast(self.scale)
+
+    @property
+    def _is_by_width(self) -> bool:
+        """Whether scale has a row for each of `unit_widths`."""
+        return self.unit_bits is not None and self.scale.ndim > len(self.shape)
+
+    def _of_units(self, rows: Tensor) -> Tensor:
+        """Return of each unit what stands in the row of its width."""
+        assert self.unit_bits is not None
+        place = torch.zeros(max(self.unit_widths) + 1, dtype=torch.int64, device=rows.device)
+        place[list(self.unit_widths)] = torch.arange(len(self.unit_widths), device=rows.device)
+        index = place[self.unit_bits.long()].unsqueeze(0)
+        shape = torch.broadcast_shapes(index.shape[1:], rows.shape[1:])
+        rows, index = rows.expand(-1, *shape), index.expand(-1, *shape)
+        return rows.gather(0, index).squeeze(0)
 
     def _broadcast(self, per_channel: Tensor) -> Tensor:
         if self.channel_axis is None:
@@ -149,6 +168,9 @@ class FrozenWeight(FrozenModule):
             factor: float64, with as many axes as the codes, broadcasts with them.
             axis: the scale gets shape (channels,) along this axis where it varies along no other.
         """
+        if self._is_by_width:
+            self._rescale_rows(factor.unsqueeze(0))
+            return
         old = self.broadcast_scale()
         scale = (old.to(factor) * factor).to(old)
         self._mirror(scale < 0)
@@ -163,6 +185,18 @@ class FrozenWeight(FrozenModule):
         one_axis = scale.numel() == scale.shape[axis] == self.shape[axis]
         self.scale = scale.reshape(-1) if one_axis else scale
         self.channel_axis = axis if one_axis else None
+
+    def _rescale_rows(self, factor: Tensor) -> None:
+        """Do the same for a scale with a row for each of `unit_widths`."""
+        old = self.scale
+        scale = (old.to(factor) * factor).to(old)
+        self._mirror(self._of_units(scale) < 0)
+        if BINARY_WIDTH in self.unit_widths:
+            row = scale[self.unit_widths.index(BINARY_WIDTH)]
+            row.copy_(torch.where(row == 0, RANGE_MIN, row))
+        if bool((scale == 0).any()):
+            self.codes = torch.where(self._of_units(scale) == 0, 0, self.codes)
+        self.scale = torch.where(scale == 0, old, scale.abs())
 
     def _mirror(self, where: Tensor) -> None:
         """Negate the value in the places of a mask that broadcasts with the codes."""

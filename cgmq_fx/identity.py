@@ -55,6 +55,7 @@ def identity(prepared: PreparedModule) -> dict[str, str]:
         "widths": str(settings.widths),
         "input_bits": str(settings.input_bits),
         "per_channel": str(settings.per_channel),
+        "granularity": settings.granularity,
         "batch_axis": str(settings.batch_axis),
         "front_end": settings.front_end,
     }

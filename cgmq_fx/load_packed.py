@@ -18,6 +18,7 @@ from cgmq_fx.lowered import LoweredModule
 from cgmq_fx.manifest import StoredGrid, StoredWeight
 from cgmq_fx.packed_file import CODES, open_packed
 from cgmq_fx.prepared import PLAN
+from cgmq_fx.unit_bits import UnitBits
 
 _TYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _MAX_LISTED = 10
@@ -40,6 +41,7 @@ class PackedState:
     bit_widths: Mapping[str, int]
     weights: Mapping[str, StoredWeight]
     _grids: tuple[StoredGrid, ...]
+    _units: Mapping[str, UnitBits]
 
     def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return plain arrays: each weight as its real values, in its type, and all other tensors.
@@ -106,7 +108,8 @@ class PackedState:
                 continue
             fields = ("bit_width", "quant_min", "quant_max", "channel_axis")
             here = tuple(getattr(module, field) for field in fields)
-            there = (grid.bits, grid.quant_min, grid.quant_max, grid.channel_axis)
+            bits = self._units.get(grid.name, grid.bits)
+            there = (bits, grid.quant_min, grid.quant_max, grid.channel_axis)
             if here != there:
                 faults.append(
                     f"{grid.name!r} has bits, quant_min, quant_max and channel axis {there} in the "
@@ -127,8 +130,13 @@ def load_packed(path: str | os.PathLike[str]) -> PackedState:
     manifest = packed.manifest
     tensors: dict[str, Tensor] = {}
     codes: dict[str, Tensor] = {}
+    units: dict[str, UnitBits] = {}
     for weight in manifest.weights:
         tensors[f"{weight.name}.packed"] = _tensor(packed.container.tensors[weight.name + CODES])
+        if weight.unit_widths:
+            units[weight.name] = UnitBits(packed.units(weight).tobytes())
+            shaped = torch.from_numpy(units[weight.name].array.copy()).view(weight.unit_shape)
+            tensors[f"{weight.name}.unit_bits"] = shaped
         codes[weight.name] = torch.from_numpy(packed.codes(weight)).to(_TYPES[weight.storage])
     for grid in manifest.grids:
         tensors[f"{grid.name}.scale"] = _tensor(packed.place(grid.scale))
@@ -136,13 +144,17 @@ def load_packed(path: str | os.PathLike[str]) -> PackedState:
             tensors[f"{grid.name}.zero_point"] = _tensor(packed.place(grid.zero_point))
     for name in (*manifest.parameters, *manifest.buffers):
         tensors[name] = _tensor(packed.container.tensors[name])
+    bits = list(manifest.bits)
+    for weight in manifest.weights:
+        bits[weight.site] = units.get(weight.name, bits[weight.site])
     names = (site.name for site in manifest.sites)
     return PackedState(
         MappingProxyType(tensors),
         MappingProxyType(codes),
-        MappingProxyType(dict(zip(names, manifest.bits, strict=True))),
+        MappingProxyType(dict(zip(names, bits, strict=True))),
         MappingProxyType({weight.name: weight for weight in manifest.weights}),
         manifest.grids,
+        MappingProxyType(units),
     )
 
 
@@ -160,7 +172,12 @@ def _value(weight: StoredWeight, codes: Tensor, tensors: Mapping[str, Tensor]) -
     if weight.zero_point is not None:
         steps = steps - tensors[f"{weight.name}.zero_point"]
     scale = tensors[f"{weight.name}.scale"]
-    if weight.channel_axis is not None:
+    if weight.has_scale_by_width:
+        units = tensors[f"{weight.name}.unit_bits"]
+        index = torch.searchsorted(torch.tensor(weight.unit_widths), units.long())
+        rows = scale.expand(-1, *torch.broadcast_shapes(scale.shape[1:], index.shape))
+        scale = rows.gather(0, index.expand(rows.shape[1:]).unsqueeze(0)).squeeze(0)
+    elif weight.channel_axis is not None:
         shape = [1] * steps.ndim
         shape[weight.channel_axis] = -1
         scale = scale.view(shape)

@@ -91,12 +91,23 @@ class StoredWeight(StoredGrid):
         signed: the codes are in two's complement.
         storage: type of the codes in the module.
         dtype: type of the value.
+        unit_widths: where channels or elements differ in bit-width, those that they may have,
+            rising; `bits` is then the widest that one has. Which has which stands, packed, in the
+            tensor ``<name>.bit_widths``. Empty where all have `bits`.
+        unit_shape: shape of what has a bit-width of its own, broadcasts with the weight.
     """
 
     shape: tuple[int, ...]
     signed: bool
     storage: str
     dtype: str
+    unit_widths: tuple[int, ...] = ()
+    unit_shape: tuple[int, ...] = ()
+
+    @property
+    def has_scale_by_width(self) -> bool:
+        """Whether the scale has a row for each of `unit_widths`."""
+        return bool(self.unit_widths) and len(self.scale.shape) > len(self.shape)
 
     @property
     def elements(self) -> int:
@@ -207,7 +218,7 @@ class Manifest:
 
     @property
     def bits(self) -> tuple[int, ...]:
-        """The bit-width of every site; 32 where it has no quantizer."""
+        """The (widest) bit-width of every site; 32 where it has no quantizer."""
         widths: dict[int, int] = {}
         for grid in self.grids:
             widths[grid.site] = max(widths.get(grid.site, 0), grid.bits)

@@ -290,6 +290,7 @@ _GRID: Mapping[str, Reader[Any]] = {
 _WEIGHT: Mapping[str, Reader[Any]] = {
     **_GRID, "shape": _shape, "signed": _flag, "storage": _one_of("I8", "I16", "I32"),
     "dtype": _one_of("F64", "F32", "F16", "BF16"),
+    "unit_widths": _shape, "unit_shape": _shape,
 }  # fmt: skip
 _OPERATION: Mapping[str, Reader[Any]] = {
     "name": _text,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from cgmq_fx.container import Container, FileFault, StoredTensor, is_tensor_name
 from cgmq_fx.errors import FileFormatError, UsageError
 from cgmq_fx.manifest import MANIFEST, OWN, POOL, Manifest, Place, StoredWeight
 from cgmq_fx.manifest_json import from_bytes
-from cgmq_fx.packing import packed_bytes, unpack
+from cgmq_fx.packing import packed_bytes, unpack, unpack_units
 from cgmq_fx.stored_file import (
     StoredFile,
     code_faults,
@@ -21,10 +22,13 @@ from cgmq_fx.stored_file import (
     name_faults,
     number_faults,
     refuse,
+    unit_faults,
 )
+from cgmq_fx.unit_bits import UnitBits, map_bits
 
-#: Suffix of the name of the tensor that holds the codes of a weight.
-CODES = ".codes"
+#: Suffixes of the names of the tensors that hold the codes of a weight, and the bit-widths of these
+#: where they differ.
+CODES, UNITS = ".codes", ".bit_widths"
 _MAX_LISTED = 10
 _NUMPY: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8"}
 
@@ -44,7 +48,25 @@ class PackedFile:
     def codes(self, weight: StoredWeight) -> npt.NDArray[np.int32]:
         """Return the codes of a weight, in its shape."""
         data = self.container.tensors[weight.name + CODES].data
+        if weight.unit_widths:
+            widths = np.broadcast_to(self.units(weight), weight.shape)
+            return unpack_units(data, widths, weight.shape, signed=weight.signed)
         return unpack(data, weight.bits, weight.shape, signed=weight.signed)
+
+    def units(self, weight: StoredWeight) -> npt.NDArray[np.uint8]:
+        """Return the bit-width of each unit of a weight whose units differ, in `unit_shape`.
+
+        Raises:
+            UsageError: the tensor with the bit-widths is not what such units take.
+        """
+        data = self.container.tensors[weight.name + UNITS].data
+        bits = map_bits(1, weight.unit_widths)
+        places = unpack(data, bits, weight.unit_shape, signed=False)
+        if places.size and int(places.max()) >= len(weight.unit_widths):
+            raise UsageError(
+                f"a unit has the bit-width number {int(places.max())} of {len(weight.unit_widths)}"
+            )
+        return np.array(weight.unit_widths, np.uint8)[places]
 
     def place(self, place: Place) -> StoredTensor:
         """Return the numbers at a place of a pool, as a tensor of their own."""
@@ -57,7 +79,12 @@ class PackedFile:
     def stored(self) -> StoredFile:
         """What `cgmq_fx.verify` reads of it."""
         held = (self.container.tensors[name].elements for name in self.manifest.parameters)
-        return StoredFile(self.container.path, self.manifest, sum(held))
+        units = {
+            weight.name: UnitBits(self.units(weight).tobytes())
+            for weight in self.manifest.weights
+            if weight.unit_widths
+        }
+        return StoredFile(self.container.path, self.manifest, sum(held), units=units)
 
 
 def open_packed(path: str | os.PathLike[str]) -> PackedFile:
@@ -113,6 +140,7 @@ def _layout_faults(packed: PackedFile) -> Iterator[str]:
     manifest, tensors = packed.manifest, packed.container.tensors
     pools = {f"{POOL}.{place.dtype}" for place in _places(manifest)}
     codes = [weight.name + CODES for weight in manifest.weights]
+    codes += [weight.name + UNITS for weight in manifest.weights if weight.unit_widths]
     named = [*codes, *manifest.parameters, *manifest.buffers, *pools]
     if len(set(named)) < len(named):
         yield "the manifest names a tensor twice"
@@ -146,6 +174,9 @@ def _grid_faults(packed: PackedFile) -> Iterator[str]:
                 yield f"{grid.name!r} has numbers at {place}, which is no place in a pool"
     for weight in manifest.weights:
         held = tensors[weight.name + CODES]
+        if weight.unit_widths:
+            yield from _unit_layout_faults(weight, held, tensors[weight.name + UNITS])
+            continue
         needed = packed_bytes(weight.elements, weight.bits)
         if held.dtype != "U8" or held.shape != (needed,):
             yield (
@@ -153,6 +184,20 @@ def _grid_faults(packed: PackedFile) -> Iterator[str]:
                 f"{weight.bits} bits, and its codes have {held.data.size:,} ({held.dtype} of "
                 f"shape {list(held.shape)})"
             )
+
+
+def _unit_layout_faults(
+    weight: StoredWeight, codes: StoredTensor, units: StoredTensor
+) -> Iterator[str]:
+    yield from unit_faults(weight)
+    needed = packed_bytes(math.prod(weight.unit_shape), map_bits(1, weight.unit_widths))
+    if units.dtype != "U8" or units.shape != (needed,):
+        yield (
+            f"{weight.name!r} has {units.data.size:,} bytes of bit-widths ({units.dtype}), and "
+            f"units of shape {list(weight.unit_shape)} take {needed:,}"
+        )
+    if codes.dtype != "U8" or len(codes.shape) != 1:
+        yield f"{weight.name!r} has codes of type {codes.dtype} and shape {list(codes.shape)}"
 
 
 def _content_faults(packed: PackedFile) -> Iterator[str]:
@@ -168,6 +213,8 @@ def _code_faults(packed: PackedFile) -> Iterator[str]:
         yield from number_faults(grid, numbers(packed.place(grid.scale)), zero_point)
     for weight in packed.manifest.weights:
         try:
+            if weight.unit_widths and int(packed.units(weight).max(initial=0)) != weight.bits:
+                yield f"{weight.name!r} has no unit of its {weight.bits} bits"
             codes = packed.codes(weight)
         except UsageError as error:
             yield f"{weight.name!r}: {error}"

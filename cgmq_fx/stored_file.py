@@ -7,8 +7,8 @@ each yields one text for each fault.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from cgmq_fx.container import FileFault
 from cgmq_fx.gates import BINARY_WIDTH
 from cgmq_fx.manifest import Manifest, StoredGrid, StoredWeight
 from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH, code_range
+from cgmq_fx.unit_bits import UnitBits
 
 _MAX_LISTED = 10
 
@@ -30,12 +31,14 @@ class StoredFile:
         manifest: what it says of the model.
         float_elements: number of elements of the tensors that `manifest.parameters` names.
         notes: what people should know of how the file computes.
+        units: the bit-widths of weights whose units differ in these, by the name of the weight.
     """
 
     path: str
     manifest: Manifest
     float_elements: int
     notes: tuple[str, ...] = ()
+    units: Mapping[str, UnitBits] = field(default_factory=dict)
 
 
 def refuse(fault: FileFault, faults: Iterable[str]) -> None:
@@ -101,11 +104,28 @@ def _weight_faults(weight: StoredWeight) -> Iterator[str]:
     axis, rank = weight.channel_axis, len(weight.shape)
     if axis is not None and not -rank <= axis < rank:
         yield f"{weight.name!r} has the channel axis {axis} of {rank}"
+    elif weight.has_scale_by_width:
+        rows, *rest = weight.scale.shape
+        if rows != len(weight.unit_widths) or not _fits(weight, tuple(rest), along_axis=False):
+            yield f"{weight.name!r} has a scale of shape {list(weight.scale.shape)}"
     elif not _fits(weight, weight.scale.shape, along_axis=axis is not None):
         yield f"{weight.name!r} has a scale of shape {list(weight.scale.shape)}"
     zero_point = weight.zero_point
     if zero_point is not None and not _fits(weight, zero_point.shape, along_axis=False):
         yield f"{weight.name!r} has a zero_point of shape {list(zero_point.shape)}"
+
+
+def unit_faults(weight: StoredWeight) -> Iterator[str]:
+    """Yield what is wrong with the units of a weight that differ in bit-width."""
+    text, widths = f"{weight.name!r}", weight.unit_widths
+    if list(widths) != sorted(set(widths)) or len(widths) < 2 or widths[-1] > MAX_WIDTH:
+        yield f"{text} has units of {list(widths)} bits, which do not rise up to {MAX_WIDTH}"
+    shape = weight.unit_shape
+    pairs = zip(shape, weight.shape, strict=False)
+    if len(shape) != len(weight.shape) or not all(own in (1, full) for own, full in pairs):
+        yield f"{text} has units of shape {list(shape)}, and is of shape {list(weight.shape)}"
+    if weight.zero_point is not None or not weight.signed:
+        yield f"{text} has units that differ in bit-width on a grid that is not symmetric"
 
 
 def _fits(weight: StoredWeight, shape: tuple[int, ...], *, along_axis: bool) -> bool:

@@ -75,18 +75,21 @@ class UnitQuantizer(Quantizer):
     def qparams(self) -> QParams:
         """Return the numbers of the current grids, detached.
 
-        Where the widths of elements differ scale and zero_point have the shape of the weight;
-        quant_min and quant_max are those of the widest unit.
+        quant_min and quant_max are those of the widest unit. Where the widths of elements differ
+        scale has a row for each of `grid_widths`, and each row a shape that broadcasts with the
+        weight.
 
         Raises:
             UsageError: the width is 32 bits, where there is no grid.
             TrainingError: the range was never found.
         """
         self._grid()  # refuses where there is none
-        scale = self._unit_grid().scale.detach().clone()
-        varies = tuple(dim for dim, size in enumerate(scale.shape) if size > 1)
-        if not isinstance(self._bit_width, UnitBits) or len(varies) < 2:
-            scale = self._of_channels(scale)
+        if isinstance(self._bit_width, UnitBits) and not self._is_by_channel:
+            multiplier = self._along_channels(self.multiplier.detach())
+            places = enumerate(self.grid_widths)
+            scale = torch.stack([self._grid_at(*place, multiplier).scale for place in places])
+        else:
+            scale = self._of_channels(self._unit_grid().scale.detach())
         bounds = integer_grid(self.spec.scheme, int(self._bit_width))
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), *bounds, self._bit_width)
 
@@ -150,11 +153,17 @@ class UnitQuantizer(Quantizer):
             multiplier, self.unit_range, self.unit_high, has_binary=self._has_binary
         )
 
-    def _grid_at(self, place: int, bits: int) -> UnitGrid:
+    def _grid_at(self, place: int, bits: int, multiplier: Tensor | None = None) -> UnitGrid:
         """Return the grids that all channels would have at one width."""
         ends = self._along_channels(self.ranges[place])
         high = torch.full_like(ends, _high(bits))
-        return unit_grid(torch.ones_like(ends), ends, high, has_binary=bits == BINARY_WIDTH)
+        factor = torch.ones_like(ends) if multiplier is None else multiplier
+        return unit_grid(factor, ends, high, has_binary=bits == BINARY_WIDTH)
+
+    @property
+    def _is_by_channel(self) -> bool:
+        """Whether each channel, and not each element, has a gate."""
+        return self.spec.num_units == self.spec.num_channels
 
     def _along_channels(self, per_range: Tensor) -> Tensor:
         shape = [1] * len(self.spec.unit_shape)

@@ -4,11 +4,12 @@ The sums, the MACs and the memory here are this module's own; what is taken from
 pricing rules, the data of cost tables, and the printing of reports.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, Literal
 
 from rich.console import RenderableType
@@ -23,6 +24,7 @@ from cgmq_fx.report_contents import ReportContents, ReportRow, ResourceSummary, 
 from cgmq_fx.report_files import to_json
 from cgmq_fx.report_text import brief, renderable, to_text
 from cgmq_fx.stored_file import StoredFile, refuse
+from cgmq_fx.unit_bits import UnitBits
 from cgmq_fx.verify_bounds import (
     BYTE,
     PEAK_MEMORY,
@@ -156,7 +158,7 @@ class _Verifier:
     ) -> None:
         self.fault, self.manifest = fault, stored.manifest
         self.float_elements, self.notes = stored.float_elements, stored.notes
-        self.bits = stored.manifest.bits
+        self.bits = _bits(stored, fault)
         self.resources = {item.name: item for item in resources}
         self.tables = {name: tables[name] for name in self.resources if name in tables}
         self.costs = {name: self._priced(table) for name, table in self.tables.items()}
@@ -226,13 +228,26 @@ class _Verifier:
         operations = self.manifest.operations
         try:
             table.require_priced(item.operation for item in operations)
-            return [table.cost(item.operation, self._widths(item)) for item in operations]
+            return [self._cost(table, item) for item in operations]
         except CgmqError as error:
             if table.digest not in {stored.digest for stored in self.manifest.tables}:
                 raise
             raise self.fault(
                 f"has a cost table that cannot price it: {str(error)[:2000]}"
             ) from error
+
+    def _cost(self, table: CostTable, item: StoredOperation) -> Fraction:
+        """Return the price of an operation; of units that differ in bit-width, of each its part."""
+        operation, widths = item.operation, self._widths(item)
+        if not any(isinstance(bits, UnitBits) for bits in widths):
+            return table.cost(operation, widths)
+        row = table.row_for(operation)
+        is_shared = row is None or row.per in ("mac", "weight")
+        parts = [(many, table.cost(operation, pair)) for pair, many in _pairs(widths)]
+        if not is_shared:
+            return max(cost for _, cost in parts)
+        units = sum(many for many, _ in parts)
+        return sum((many * cost for many, cost in parts), Fraction()) / units
 
     def _row(self, place: int, bounds: Mapping[str, Fraction]) -> ReportRow:
         item = self.manifest.operations[place]
@@ -275,12 +290,13 @@ class _Verifier:
         packed: dict[int, int] = dict.fromkeys(self.manifest.stored_sites, 0)
         for weight in self.manifest.weights:
             packed[weight.site] = packed.get(weight.site, 0) + weight.elements
-        rows = []
+        rows, maps = [], self._maps()
         for site, found in packed.items():
             stored = self.manifest.sites[site]
             # Without codes they stand among the float parameters, or are computed from activations.
             elements = found or stored.elements
-            rows.append(_tensor(stored.name, elements, self.bits[site], WEIGHT_MEMORY, "weight"))
+            row = _tensor(stored.name, elements, self.bits[site], WEIGHT_MEMORY, "weight")
+            rows.append(replace(row, cost={WEIGHT_MEMORY: row.cost[WEIGHT_MEMORY] + maps[site]}))
         floats = self.manifest.float_parameters
         if floats is None:
             floats = self.float_elements
@@ -288,6 +304,15 @@ class _Verifier:
         self.tensors[WEIGHT_MEMORY] = [row for row in rows if row.cost[WEIGHT_MEMORY]]
         total = sum((row.cost[WEIGHT_MEMORY] for row in rows), Fraction())
         return _Sum(BYTE, total, Fraction(FLOAT_BITS * sum(row.elements for row in rows), 8))
+
+    def _maps(self) -> dict[int, Fraction]:
+        """Return the bytes, by site, of saying which unit has which bit-width."""
+        maps = dict.fromkeys(range(len(self.bits)), Fraction())
+        for weight in self.manifest.weights:
+            if weight.unit_widths:
+                choices = (len(weight.unit_widths) - 1).bit_length()
+                maps[weight.site] = Fraction(math.prod(weight.unit_shape) * choices, 8)
+        return maps
 
     def _peak_memory(self) -> _Sum:
         """Walk over the steps at which activations appear and go."""
@@ -316,6 +341,31 @@ class _Verifier:
         return _Sum(BYTE, Fraction(peak, 8), Fraction(reference, 8))
 
 
+def _bits(stored: StoredFile, fault: FileFault) -> tuple[int, ...]:
+    """Return the bit-width of every site; `UnitBits` where the units of its weight differ."""
+    bits = list(stored.manifest.bits)
+    of_site: dict[int, set[UnitBits | None]] = {}
+    for weight in stored.manifest.weights:
+        of_site.setdefault(weight.site, set()).add(stored.units.get(weight.name))
+    for site, found in of_site.items():
+        if len(found) > 1:
+            name = stored.manifest.sites[site].name
+            raise fault(f"contradicts itself: the weights of {name!r} differ in their bit-widths")
+        (units,) = found
+        if units is not None:
+            bits[site] = units
+    return tuple(bits)
+
+
+def _pairs(widths: Sequence[int]) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Yield the bit-widths at which single units meet, and how many do."""
+    spread = [
+        list(bits.counts.items()) if isinstance(bits, UnitBits) else [(bits, 1)] for bits in widths
+    ]
+    for met in product(*spread):
+        yield tuple(bits for bits, _ in met), math.prod(many for _, many in met)
+
+
 def _profile(
     steps: Sequence[int], spans: Sequence[tuple[int, int]], sizes: Iterable[int]
 ) -> list[int]:
@@ -332,7 +382,8 @@ def _profile(
 def _tensor(
     name: str, elements: int, bits: int, resource: str, role: Literal["weight", "activation"]
 ) -> TensorRow:
-    return TensorRow(name, elements, bits, {resource: Fraction(elements * bits, 8)}, {}, role)
+    mean = bits.mean if isinstance(bits, UnitBits) else bits
+    return TensorRow(name, elements, bits, {resource: elements * Fraction(mean) / 8}, {}, role)
 
 
 def _shares(cost: Mapping[str, Fraction], bounds: Mapping[str, Fraction]) -> dict[str, Fraction]:

@@ -228,4 +228,5 @@ def _frozen_weight(quantizer: Quantizer, value: Tensor) -> FrozenWeight:
         spec.channel_axis if qparams.scale.ndim < 2 else None,
         value.dtype,
         spec.unit_shape,
+        [bits for bits in spec.widths if bits != FLOAT_WIDTH],
     )
