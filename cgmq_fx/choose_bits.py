@@ -58,7 +58,8 @@ def choose_bits(
         chosen = allocate(view.accounting, view.predicted, start=first, limits=limits)
         places = view.places(chosen)
         # Rungs are far apart at first; those around the chosen ones are looked at closely.
-        if not any([ladder.refine(places[site]) for site, ladder in ladders.items()]):
+        refined = {site for site, ladder in ladders.items() if ladder.refine(places[site])}
+        if not refined:
             return view.bits_of(chosen)
 
 
@@ -186,9 +187,9 @@ class LadderView:
     def _term(self, term: Term) -> Term:
         first, second = term.sites
         costs: Any = term.costs
-        if first in self._ladders:
+        if first is not None and first in self._ladders:
             costs = self._spread(term, costs, self._ladders[first], term.map_cost)
-        if second in self._ladders:
+        if second is not None and second in self._ladders:
             turned = tuple(zip(*costs, strict=True))
             costs = tuple(zip(*self._spread(term, turned, self._ladders[second], 0), strict=True))
         return term if costs is term.costs else replace(term, costs=costs, map_cost=0)

@@ -13,18 +13,20 @@ from cgmq_fx.export_onnx import write_qdq, write_qonnx
 from cgmq_fx.export_packed import write_packed
 from cgmq_fx.export_program import write_program
 from cgmq_fx.export_pte import write_pte
+from cgmq_fx.frozen import FrozenWeight
 from cgmq_fx.lowered import LoweredModule
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.report import Report, report
 from cgmq_fx.verify import verify
 
+_PACKED = "safetensors"
 #: What writes a file, by its format; the last argument are example inputs, where they were given.
 _WRITERS: Mapping[str, Callable[[LoweredModule, Report, Path, Sequence[Any] | None], None]] = {
     "onnx": write_qdq,
     "pt2": write_program,
     "pte": write_pte,
     "qonnx": write_qonnx,
-    "safetensors": lambda fixed, contents, path, _: write_packed(fixed, contents, path),
+    _PACKED: lambda fixed, contents, path, _: write_packed(fixed, contents, path),
 }
 #: The format of a file by how its name ends; the first that fits, does.
 _ENDINGS: Mapping[str, str] = {
@@ -32,7 +34,7 @@ _ENDINGS: Mapping[str, str] = {
     ".onnx": "onnx",
     ".pt2": "pt2",
     ".pte": "pte",
-    ".safetensors": "safetensors",
+    ".safetensors": _PACKED,
 }
 
 
@@ -70,15 +72,17 @@ def export(
         CostTableError: a cost table is code, which no file can hold.
     """
     target = Path(path)
-    writer = _WRITERS[_format_of(target, format)]
+    chosen = _format_of(target, format)
     _check_is_lowered(fixed)
     contents = report(fixed)
     _check_budgets(contents)
+    if chosen != _PACKED:
+        _check_units(fixed)
     if not target.parent.is_dir():
         raise UsageError(f"export to {str(target)!r}: there is no folder {str(target.parent)!r}")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".cgmq-fx-") as folder:
         written = Path(folder) / target.name
-        writer(fixed, contents, written, example_inputs)
+        _WRITERS[chosen](fixed, contents, written, example_inputs)
         _check_file(contents, written)
         written.replace(target)
     return target
@@ -112,6 +116,18 @@ def _check_is_lowered(fixed: object) -> None:
         )
     kind = "a float model" if isinstance(fixed, nn.Module) else "not a model"
     raise UsageError(f"export got {name}, {kind}; it takes what cgmq_fx.lower returned")
+
+
+def _check_units(fixed: LoweredModule) -> None:
+    """Refuse weights whose elements differ in bit-width, for formats with a scale per channel."""
+    weights = [module for module in fixed.modules() if isinstance(module, FrozenWeight)]
+    odd = [item.site for item in weights if item.unit_bits is not None and item.scale.ndim > 1]
+    if odd:
+        raise UsageError(
+            f"the elements of the weights {odd[:5]} differ in bit-width and in scale, which no "
+            f"runtime of this format has; export to .safetensors, or prepare the model with "
+            f"granularity='channel'"
+        )
 
 
 def _check_budgets(contents: Report) -> None:

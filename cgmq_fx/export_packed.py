@@ -165,18 +165,24 @@ class _Packer:
         signed = module.quant_min < 0
         self.tensors[name + CODES] = module.packed.cpu()
         grid = self._grid(name, module)
-        units: dict[str, tuple[int, ...]] = {}
-        if module.unit_bits is not None:
-            self.tensors[name + UNITS] = packed_units(module)
-            units = {"unit_widths": module.unit_widths, "unit_shape": tuple(module.unit_bits.shape)}
-        return StoredWeight(
+        weight = StoredWeight(
             **vars(grid),
-            **units,
             shape=tuple(module.shape),
             signed=signed,
             storage=TYPE_NAMES[storage_type(int(module.bit_width), signed=signed)],
             dtype=TYPE_NAMES[module.dtype],
         )
+        return weight if module.unit_bits is None else self._with_units(weight, module)
+
+    def _with_units(self, weight: StoredWeight, module: FrozenWeight) -> StoredWeight:
+        """Return the weight with the bit-widths of its channels; those of elements are a tensor."""
+        assert module.unit_bits is not None
+        shape, units = tuple(module.unit_bits.shape), module.unit_bits.flatten()
+        weight = replace(weight, unit_widths=module.unit_widths, unit_shape=shape)
+        if max(shape) == len(units):
+            return replace(weight, unit_bits=tuple(units.tolist()))
+        self.tensors[weight.name + UNITS] = _packed_units(module)
+        return weight
 
     def _place(self, values: Tensor) -> Place:
         """Append numbers to the pool of their type and return where they stand."""
@@ -222,7 +228,7 @@ class _Packer:
             yield stored
 
 
-def packed_units(module: FrozenWeight) -> Tensor:
+def _packed_units(module: FrozenWeight) -> Tensor:
     """Return which of its `unit_widths` each unit of a weight has, packed."""
     assert module.unit_bits is not None
     units = module.unit_bits.cpu().numpy()

@@ -129,4 +129,3 @@ class Ladder:
 
     def _choice(self, price: float) -> Tensor:
         return (self.errors + price * self._bits.unsqueeze(1)).argmin(0)
-

@@ -175,8 +175,8 @@ def _value(weight: StoredWeight, codes: Tensor, tensors: Mapping[str, Tensor]) -
     if weight.has_scale_by_width:
         units = tensors[f"{weight.name}.unit_bits"]
         index = torch.searchsorted(torch.tensor(weight.unit_widths), units.long())
-        rows = scale.expand(-1, *torch.broadcast_shapes(scale.shape[1:], index.shape))
-        scale = rows.gather(0, index.expand(rows.shape[1:]).unsqueeze(0)).squeeze(0)
+        rows, places = torch.broadcast_tensors(scale, index.expand(len(scale), *index.shape))
+        scale = rows.gather(0, places[:1]).squeeze(0)
     elif weight.channel_axis is not None:
         shape = [1] * steps.ndim
         shape[weight.channel_axis] = -1

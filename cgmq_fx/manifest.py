@@ -92,9 +92,10 @@ class StoredWeight(StoredGrid):
         storage: type of the codes in the module.
         dtype: type of the value.
         unit_widths: where channels or elements differ in bit-width, those that they may have,
-            rising; `bits` is then the widest that one has. Which has which stands, packed, in the
-            tensor ``<name>.bit_widths``. Empty where all have `bits`.
+            rising; `bits` is then the widest that one has. Empty where all have `bits`.
         unit_shape: shape of what has a bit-width of its own, broadcasts with the weight.
+        unit_bits: the bit-width of each channel, where channels differ. Those of elements stand,
+            packed, in the tensor ``<name>.bit_widths``.
     """
 
     shape: tuple[int, ...]
@@ -103,6 +104,12 @@ class StoredWeight(StoredGrid):
     dtype: str
     unit_widths: tuple[int, ...] = ()
     unit_shape: tuple[int, ...] = ()
+    unit_bits: tuple[int, ...] = ()
+
+    @property
+    def has_unit_tensor(self) -> bool:
+        """Whether the bit-widths of its units stand in a tensor."""
+        return bool(self.unit_widths) and not self.unit_bits
 
     @property
     def has_scale_by_width(self) -> bool:

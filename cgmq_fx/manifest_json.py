@@ -29,6 +29,8 @@ MAX_MANIFEST_BYTES = 1 << 22
 MAX_ITEMS = 10_000
 MAX_TEXT = 4000
 MAX_TABLES = 16
+#: Channels of one weight that differ in bit-width.
+MAX_CHANNELS = 1 << 20
 _MAX_INTEGER = 1 << 62
 _MAX_DIGITS = 200
 _MAX_TABLE_DEPTH = 20
@@ -290,7 +292,7 @@ _GRID: Mapping[str, Reader[Any]] = {
 _WEIGHT: Mapping[str, Reader[Any]] = {
     **_GRID, "shape": _shape, "signed": _flag, "storage": _one_of("I8", "I16", "I32"),
     "dtype": _one_of("F64", "F32", "F16", "BF16"),
-    "unit_widths": _shape, "unit_shape": _shape,
+    "unit_widths": _shape, "unit_shape": _shape, "unit_bits": _list(_count, MAX_CHANNELS),
 }  # fmt: skip
 _OPERATION: Mapping[str, Reader[Any]] = {
     "name": _text,

@@ -10,8 +10,8 @@ from cgmq_fx.container import StoredTensor
 from cgmq_fx.errors import UsageError
 from cgmq_fx.manifest import Manifest, StoredGrid, StoredWeight
 from cgmq_fx.onnx_reader import OnnxFile, OnnxNode, numbers_of
-from cgmq_fx.packed_file import CODES
-from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH, pack
+from cgmq_fx.packed_file import CODES, packed_codes
+from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH
 from cgmq_fx.pools import Array, fill_pools
 
 SCALE, ZERO_POINT = ".scale", ".zero_point"
@@ -126,7 +126,7 @@ class GridReader(ABC):
     def _keep_codes(self, weight: StoredWeight, codes: Array) -> Iterator[str]:
         """Add the codes of a weight at their true width, as a packed file has them."""
         try:
-            packed = pack(codes, weight.bits, signed=weight.signed)
+            packed = packed_codes(weight, codes)
         except UsageError as error:
             yield f"{weight.name!r}: {error}"
             return

@@ -75,12 +75,12 @@ class Override:
         if self.granularity is not None and self.granularity not in get_args(Granularity):
             options = ", ".join(map(repr, get_args(Granularity)))
             faults.append(f"granularity={self.granularity!r} is unknown, use one of {options}")
-        for name in ("per_channel", "granularity"):
-            if self.role in ("activation", "input") and getattr(self, name) is not None:
-                faults.append(
-                    f"{name}={getattr(self, name)!r} concerns weights, and role={self.role!r} "
-                    f"leaves them out; remove one of them"
-                )
+        faults += [
+            f"{name}={getattr(self, name)!r} concerns weights, and role={self.role!r} leaves them "
+            f"out; remove one of them"
+            for name in ("per_channel", "granularity")
+            if self.role in ("activation", "input") and getattr(self, name) is not None
+        ]
         if all(getattr(self, key) is None for key in _SAYING):
             faults.append(f"it says nothing; give one of {', '.join(_SAYING)}")
         return faults

@@ -14,7 +14,7 @@ from cgmq_fx.container import Container, FileFault, StoredTensor, is_tensor_name
 from cgmq_fx.errors import FileFormatError, UsageError
 from cgmq_fx.manifest import MANIFEST, OWN, POOL, Manifest, Place, StoredWeight
 from cgmq_fx.manifest_json import from_bytes
-from cgmq_fx.packing import packed_bytes, unpack, unpack_units
+from cgmq_fx.packing import pack, pack_units, packed_bytes, unpack, unpack_units
 from cgmq_fx.stored_file import (
     StoredFile,
     code_faults,
@@ -59,6 +59,8 @@ class PackedFile:
         Raises:
             UsageError: the tensor with the bit-widths is not what such units take.
         """
+        if weight.unit_bits:
+            return np.array(weight.unit_bits, np.uint8).reshape(weight.unit_shape)
         data = self.container.tensors[weight.name + UNITS].data
         bits = map_bits(1, weight.unit_widths)
         places = unpack(data, bits, weight.unit_shape, signed=False)
@@ -117,6 +119,21 @@ def check_packed(packed: PackedFile, fault: FileFault) -> None:
         refuse(fault, faults(packed))
 
 
+def packed_codes(weight: StoredWeight, codes: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    """Return the codes of a weight, in its shape, as a packed file has them.
+
+    Raises:
+        UsageError: they do not fit their bit-widths, or these are not those of its channels.
+    """
+    if not weight.unit_widths:
+        return pack(codes, weight.bits, signed=weight.signed)
+    faults = list(unit_faults(weight))
+    if faults or not weight.unit_bits:
+        raise UsageError("; ".join(faults) or "its bit-widths of elements are not in the manifest")
+    units = np.array(weight.unit_bits, np.uint8).reshape(weight.unit_shape)
+    return pack_units(codes, np.broadcast_to(units, weight.shape), signed=weight.signed)
+
+
 def content_digest(tensors: Iterable[StoredTensor]) -> str:
     """Return the SHA-256 of all tensors but the manifest, by name.
 
@@ -140,7 +157,7 @@ def _layout_faults(packed: PackedFile) -> Iterator[str]:
     manifest, tensors = packed.manifest, packed.container.tensors
     pools = {f"{POOL}.{place.dtype}" for place in _places(manifest)}
     codes = [weight.name + CODES for weight in manifest.weights]
-    codes += [weight.name + UNITS for weight in manifest.weights if weight.unit_widths]
+    codes += [weight.name + UNITS for weight in manifest.weights if weight.has_unit_tensor]
     named = [*codes, *manifest.parameters, *manifest.buffers, *pools]
     if len(set(named)) < len(named):
         yield "the manifest names a tensor twice"
@@ -175,7 +192,8 @@ def _grid_faults(packed: PackedFile) -> Iterator[str]:
     for weight in manifest.weights:
         held = tensors[weight.name + CODES]
         if weight.unit_widths:
-            yield from _unit_layout_faults(weight, held, tensors[weight.name + UNITS])
+            yield from unit_faults(weight)
+            yield from _unit_layout_faults(weight, held, tensors.get(weight.name + UNITS))
             continue
         needed = packed_bytes(weight.elements, weight.bits)
         if held.dtype != "U8" or held.shape != (needed,):
@@ -187,11 +205,10 @@ def _grid_faults(packed: PackedFile) -> Iterator[str]:
 
 
 def _unit_layout_faults(
-    weight: StoredWeight, codes: StoredTensor, units: StoredTensor
+    weight: StoredWeight, codes: StoredTensor, units: StoredTensor | None
 ) -> Iterator[str]:
-    yield from unit_faults(weight)
     needed = packed_bytes(math.prod(weight.unit_shape), map_bits(1, weight.unit_widths))
-    if units.dtype != "U8" or units.shape != (needed,):
+    if units is not None and (units.dtype != "U8" or units.shape != (needed,)):
         yield (
             f"{weight.name!r} has {units.data.size:,} bytes of bit-widths ({units.dtype}), and "
             f"units of shape {list(weight.unit_shape)} take {needed:,}"

@@ -166,7 +166,7 @@ def pack_units(
     for start in range(0, flat.size, _BLOCK):
         words = flat[start : start + _BLOCK].astype(np.int32).astype("<u2")
         bits = np.unpackbits(words.view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")
-        streams.append(bits[_PLACES < widths[start : start + _BLOCK, None]])
+        streams.append(bits[widths[start : start + _BLOCK, None] > _PLACES])
     return np.packbits(np.concatenate(streams or [_NOTHING]), bitorder="little")
 
 

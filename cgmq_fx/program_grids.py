@@ -8,8 +8,8 @@ import numpy as np
 from cgmq_fx.container import FileFault, StoredTensor
 from cgmq_fx.errors import UsageError
 from cgmq_fx.manifest import Manifest, StoredGrid, StoredWeight
-from cgmq_fx.packed_file import CODES
-from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH, pack
+from cgmq_fx.packed_file import CODES, packed_codes
+from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH
 from cgmq_fx.pools import NUMPY_TYPES, Array, array_of, fill_pools
 from cgmq_fx.program_json import ProgramGraph, ProgramNode, quantizer_index
 from cgmq_fx.stored_file import refuse
@@ -184,7 +184,7 @@ class _Reader:
                 continue
             yield from self._reading_faults(weight)
             try:
-                packed = pack(array_of(held), weight.bits, signed=weight.signed)
+                packed = packed_codes(weight, array_of(held))
             except UsageError as error:
                 yield f"{weight.name!r}: {error}"
                 continue

@@ -10,8 +10,8 @@ from cgmq_fx.container import ITEM_BYTES, FileFault, StoredTensor
 from cgmq_fx.errors import UsageError
 from cgmq_fx.manifest import OWN, POOL, Manifest, StoredGrid, StoredWeight
 from cgmq_fx.manifest import Place as PoolPlace
-from cgmq_fx.packed_file import CODES
-from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH, pack
+from cgmq_fx.packed_file import CODES, packed_codes
+from cgmq_fx.packing import MAX_WIDTH, MIN_WIDTH
 from cgmq_fx.pools import NUMPY_TYPES, Array, array_of
 from cgmq_fx.pte_activations import ActivationReader
 from cgmq_fx.pte_places import Place, fits
@@ -192,7 +192,7 @@ class PteGrids:
         if any(not np.array_equal(forms[0], other) for other in forms[1:]):
             yield f"{weight.name!r} stands there twice, with other numbers"
         try:
-            packed = pack(forms[0], weight.bits, signed=weight.signed)
+            packed = packed_codes(weight, forms[0])
         except UsageError as error:
             yield f"{weight.name!r}: {error}"
             return

@@ -97,7 +97,6 @@ class QuantizerSpec:
             ]
         return []
 
-
     def _unit_faults(self) -> list[str]:
         if not self.unit_shape:
             return []

@@ -6,6 +6,7 @@ says, and so has every quantizer of an activation. The functions below are what 
 each yields one text for each fault.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -124,6 +125,10 @@ def unit_faults(weight: StoredWeight) -> Iterator[str]:
     pairs = zip(shape, weight.shape, strict=False)
     if len(shape) != len(weight.shape) or not all(own in (1, full) for own, full in pairs):
         yield f"{text} has units of shape {list(shape)}, and is of shape {list(weight.shape)}"
+    if weight.unit_bits and (
+        len(weight.unit_bits) != math.prod(shape) or not set(weight.unit_bits) <= set(widths)
+    ):
+        yield f"{text} has {len(weight.unit_bits)} bit-widths of channels that are not its units'"
     if weight.zero_point is not None or not weight.signed:
         yield f"{text} has units that differ in bit-width on a grid that is not symmetric"
 

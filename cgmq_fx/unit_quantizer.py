@@ -149,9 +149,7 @@ class UnitQuantizer(Quantizer):
 
     def _unit_grid(self) -> UnitGrid:
         multiplier = self._along_channels(self.multiplier.detach())
-        return unit_grid(
-            multiplier, self.unit_range, self.unit_high, has_binary=self._has_binary
-        )
+        return unit_grid(multiplier, self.unit_range, self.unit_high, has_binary=self._has_binary)
 
     def _grid_at(self, place: int, bits: int, multiplier: Tensor | None = None) -> UnitGrid:
         """Return the grids that all channels would have at one width."""

@@ -171,9 +171,7 @@ class InsertQuantizers(GraphPass):
             if learned and scheme == "symmetric" and num_tensors == 1:
                 units = self._units(gm, uses, said, axis)
         by = "" if chosen is None else chosen.by
-        return QuantizerSpec(
-            role, scheme, axis, channels, widths, learned, num_tensors, by, units
-        )
+        return QuantizerSpec(role, scheme, axis, channels, widths, learned, num_tensors, by, units)
 
     def _units(
         self, gm: fx.GraphModule, uses: list[_Use], said: Override | None, axis: int | None
