@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,25 @@ from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.passes.constants import constant_value
 from cgmq_fx.passes.deployed import written_nodes
 from cgmq_fx.prepared import PreparedModule
-from cgmq_fx.sensitivity import loss_weights, predicted_loss
+from cgmq_fx.sensitivity import predicted_loss
 from cgmq_fx.unit_quantizer import UnitQuantizer
 
 # What stands for rungs beyond the number of widths; no width is as large.
 _RUNG = 1000
+
+
+class Allocator(Protocol):
+    """What finds bit-widths, as `cgmq_fx.allocate.allocate` does."""
+
+    def __call__(
+        self,
+        accounting: Accounting,
+        predicted: PredictedLoss,
+        *,
+        start: Sequence[int] | None = None,
+        limits: Mapping[str, Fraction] | None = None,
+    ) -> tuple[int, ...]:
+        """Return a bit-width for each site."""
 
 
 def choose_bits(
@@ -35,6 +49,8 @@ def choose_bits(
     *,
     start: Sequence[int] | None = None,
     limits: Mapping[str, Fraction] | None = None,
+    predicted: PredictedLoss | None = None,
+    allocator: Allocator = allocate,
 ) -> tuple[int, ...]:
     """Return a bit-width, or `UnitBits`, for each site, within every limit.
 
@@ -43,19 +59,22 @@ def choose_bits(
         start: bit-widths that no site exceeds, as `cgmq_fx.allocate.allocate` has it; of units the
             mean counts.
         limits: bounds by resource; by default the budgets.
+        predicted: how much the loss rises at each bit-width that a whole tensor may have; by
+            default as the gradients say.
+        allocator: what finds bit-widths of whole tensors.
 
     Raises:
         BudgetError: no bit-widths within every limit were found.
     """
-    accounting, predicted = prepared.plan.accounting, predicted_loss(prepared)
+    accounting = prepared.plan.accounting
+    predicted = predicted_loss(prepared) if predicted is None else predicted
     ladders = ladders_of(prepared)
     if not ladders:
-        return allocate(accounting, predicted, start=start, limits=limits)
-    weights = loss_weights(prepared)
+        return allocator(accounting, predicted, start=start, limits=limits)
     while True:
-        view = LadderView(accounting, predicted, weights, ladders)
+        view = LadderView(accounting, predicted, ladders)
         first = None if start is None else view.rungs_of(start)
-        chosen = allocate(view.accounting, view.predicted, start=first, limits=limits)
+        chosen = allocator(view.accounting, view.predicted, start=first, limits=limits)
         places = view.places(chosen)
         # Rungs are far apart at first; those around the chosen ones are looked at closely.
         refined = {site for site, ladder in ladders.items() if ladder.refine(places[site])}
@@ -126,7 +145,6 @@ class LadderView:
         self,
         accounting: Accounting,
         predicted: PredictedLoss,
-        weights: Sequence[float],
         ladders: Mapping[int, Ladder],
     ) -> None:
         self._ladders, self._own = ladders, accounting
@@ -137,10 +155,9 @@ class LadderView:
         for site, ladder in ladders.items():
             numbers = widths[: len(ladder.rungs)]
             sites[site] = replace(sites[site], allowed=numbers)
-            errors = (rung.error for rung in ladder.rungs)
-            losses[site] = {
-                number: weights[site] * error for number, error in zip(numbers, errors, strict=True)
-            }
+            factor = ladder.loss_of_error(predicted[site])
+            pairs = zip(numbers, ladder.rungs, strict=True)
+            losses[site] = {number: factor * rung.error for number, rung in pairs}
         resources = {
             name: self._resource(resource, widths)
             for name, resource in accounting.resources.items()

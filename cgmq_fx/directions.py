@@ -151,6 +151,12 @@ _DIRECTIONS: dict[str, Direction] = {
 }
 
 
+#: Names of the rules that move the one gate of each tensor.
+GATE_DIRECTIONS = frozenset(
+    name for name, direction in _DIRECTIONS.items() if isinstance(direction, GateDirection)
+)
+
+
 def direction_named(name: str) -> Direction:
     """Return the direction of a name.
 

@@ -144,7 +144,9 @@ class FrozenWeight(FrozenModule):
         place = torch.zeros(max(self.unit_widths) + 1, dtype=torch.int64, device=rows.device)
         place[list(self.unit_widths)] = torch.arange(len(self.unit_widths), device=rows.device)
         index = place[self.unit_bits.long()].unsqueeze(0)
-        rows, index = torch.broadcast_tensors(rows, index.expand(len(rows), *index.shape[1:]))
+        rows, index = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+            rows, index.expand(len(rows), *index.shape[1:])
+        )
         return rows.gather(0, index[:1]).squeeze(0)
 
     def _broadcast(self, per_channel: Tensor) -> Tensor:

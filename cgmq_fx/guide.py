@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from cgmq_fx.directions import direction_named
+from cgmq_fx.directions import GATE_DIRECTIONS, direction_named
 from cgmq_fx.errors import TrainingError, UsageError
 from cgmq_fx.fake_quantize import PROBE_SCALE
 from cgmq_fx.passes.freeze_bit_widths import settle_ranges
@@ -72,7 +72,18 @@ def attach(
             f"{type(optimizer).__name__} is guided for this prepared model already; attach once, "
             f"or call detach() on the guide of before"
         )
+    if direction in GATE_DIRECTIONS:
+        _check_granularity(prepared, direction)
     return Guide(prepared, optimizer, direction, total_steps, Ranks(process_group))
+
+
+def _check_granularity(prepared: PreparedModule, direction: str) -> None:
+    several = [name for name, item in prepared.quantizers.items() if item.spec.unit_shape]
+    if several:
+        raise UsageError(
+            f"direction={direction!r} moves one gate of a tensor, and the weights {several[:5]} "
+            f"have several; leave the direction out, or prepare with granularity='layer'"
+        )
 
 
 def check_prepared(prepared: object, caller: str) -> PreparedModule:

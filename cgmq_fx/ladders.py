@@ -79,6 +79,16 @@ class Ladder:
         table = torch.tensor(self.widths, dtype=torch.uint8)
         return bits_of(table[index.cpu()].numpy().tobytes())
 
+    def loss_of_error(self, losses: Mapping[int, float]) -> float:
+        """Return what loss a mean squared error of 1 is, by losses at widths of the whole weight.
+
+        The factor that fits them best, in the sense of least squares.
+        """
+        errors = {width: self._uniform(place).error for place, width in enumerate(self.widths)}
+        squares = sum(error**2 for error in errors.values())
+        met = sum(losses[width] * error for width, error in errors.items())
+        return met / squares if squares else 0.0
+
     def at_most(self, bits: int) -> int:
         """Return the place of the widest rung whose mean is not above that of `bits`; else 0."""
         limit = float(mean_bits(bits))

@@ -175,7 +175,9 @@ def _value(weight: StoredWeight, codes: Tensor, tensors: Mapping[str, Tensor]) -
     if weight.has_scale_by_width:
         units = tensors[f"{weight.name}.unit_bits"]
         index = torch.searchsorted(torch.tensor(weight.unit_widths), units.long())
-        rows, places = torch.broadcast_tensors(scale, index.expand(len(scale), *index.shape))
+        rows, places = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+            scale, index.expand(len(scale), *index.shape)
+        )
         scale = rows.gather(0, places[:1]).squeeze(0)
     elif weight.channel_axis is not None:
         shape = [1] * steps.ndim

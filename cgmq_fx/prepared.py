@@ -23,6 +23,7 @@ from cgmq_fx.passes.values import map_tensors
 from cgmq_fx.plan import Plan, Settings
 from cgmq_fx.quantize_graph import account_otherwise
 from cgmq_fx.quantizers import QuantizerSet
+from cgmq_fx.unit_bits import counts_of
 
 #: Name of the submodule that holds the plan.
 PLAN = "plan"
@@ -95,7 +96,7 @@ class PreparedModule(fx.GraphModule):
         """Give every quantizer whose bit-width no cost table has the widest one that they have."""
         for site in self.plan.accounting.sites:
             quantizer = self.quantizers[site.name]
-            if site.learned and quantizer.bit_width not in site.allowed:
+            if site.learned and not set(counts_of(quantizer.bit_width)) <= set(site.allowed):
                 quantizer.set_bit_width(site.allowed[-1])
 
     def _account(self, sample: Sequence[Any], inputs: Sequence[Any]) -> Any:

@@ -16,13 +16,15 @@ from torch import Tensor, fx
 from cgmq_fx.calibrate import evaluating
 from cgmq_fx.calibration_data import Inputs, model_inputs
 from cgmq_fx.errors import TrainingError
-from cgmq_fx.gates import MAX_INTEGER_WIDTH
+from cgmq_fx.gates import BINARY_WIDTH, MAX_INTEGER_WIDTH
 from cgmq_fx.guide import check_prepared
 from cgmq_fx.layer_values import Product, arguments_at, float_twin, products
 from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.passes.values import find_attribute
 from cgmq_fx.prepared import PreparedModule
-from cgmq_fx.quantizers import Quantizer
+from cgmq_fx.quantizer_spec import integer_grid
+from cgmq_fx.quantizers import QParams, Quantizer
+from cgmq_fx.unit_bits import UnitBits
 
 #: Weight that stays near the float one, as a share of the mean second moment of the inputs: few
 #: batches say little of directions that they hardly have. The damping of arXiv 2210.17323.
@@ -55,7 +57,8 @@ def round_weights(
     The weights of the model become those that its quantizers round to themselves, layer after
     layer, each with the layers before it quantized. Call it after the bit-widths are chosen: a
     later change of them rounds to the nearest again. Weights that are computed, that other
-    operations read too, or that have 0, 1 or 32 bits, stay as they are.
+    operations read too, or that have 0, 1 or 32 bits, stay as they are, and so do those whose
+    elements differ in bit-width.
 
     Args:
         prepared: a model after `cgmq_fx.calibrate`.
@@ -90,9 +93,27 @@ def _roundable(prepared: PreparedModule) -> dict[str, list[Product]]:
                 f"round_weights: the quantizer {product.site!r} never saw its weight; call "
                 f"cgmq_fx.calibrate(prepared, loader) first"
             )
-        if 1 < quantizer.bit_width <= MAX_INTEGER_WIDTH:
+        if 1 < quantizer.bit_width <= MAX_INTEGER_WIDTH and _has_rows(quantizer):
             found.setdefault(product.site, []).append(product)
     return {site: group for site, group in found.items() if _stands_alone(prepared, site, group)}
+
+
+def _has_rows(quantizer: Quantizer) -> bool:
+    """Tell whether each row of the weight has one grid with more than two values."""
+    if not isinstance(quantizer.bit_width, UnitBits):
+        return True
+    is_by_row = quantizer.spec.num_units == quantizer.spec.num_channels
+    return is_by_row and BINARY_WIDTH not in quantizer.bit_width.counts
+
+
+def _ends(quantizer: Quantizer, qparams: QParams, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest code of each row."""
+    bits = quantizer.bit_width
+    if not isinstance(bits, UnitBits):
+        ends = torch.tensor([[qparams.quant_min, qparams.quant_max]]).expand(rows, 2)
+    else:
+        ends = torch.tensor([integer_grid("symmetric", width) for width in bits.units])
+    return ends[:, 0].contiguous(), ends[:, 1].contiguous()
 
 
 def _stands_alone(prepared: PreparedModule, site: str, group: Sequence[Product]) -> bool:
@@ -191,8 +212,9 @@ class _Rounder:
     def __init__(self, quantizer: Quantizer, weight: Tensor, moments: _Moments) -> None:
         groups, values = moments.quantized.shape[:2]
         qparams = quantizer.qparams()
-        self.low, self.high = qparams.quant_min, qparams.quant_max
         rows = weight.shape[0]
+        ends = _ends(quantizer, qparams, rows)
+        self.low, self.high = (end.to(weight.device).reshape(groups, -1) for end in ends)
         self.scale = qparams.scale.expand(rows).reshape(groups, -1)
         self.zero_point = qparams.zero_point.expand(rows).reshape(groups, -1)
         self.codes = quantizer.quantize(weight).reshape(groups, -1, values)

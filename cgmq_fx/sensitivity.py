@@ -17,22 +17,14 @@ def predicted_loss(prepared: PreparedModule) -> list[dict[int, float]]:
     proportional to the sum of squared gradients times the mean squared error of the rounding.
     Before any gradient is known every tensor counts the same, by its error relative to its size.
     """
+    squares = prepared.plan.statistics[:, SQUARES].tolist()
+    known = any(square > 0 for square in squares)
     losses = []
-    weights = loss_weights(prepared)
-    for site, weight in zip(prepared.plan.accounting.sites, weights, strict=True):
+    for site, square in zip(prepared.plan.accounting.sites, squares, strict=True):
         quantizer = prepared.quantizers[site.name]
+        weight = square if known else 1.0 / max(mean_size(quantizer) ** 2, _TINY)
         losses.append({bits: weight * rounding_error(quantizer, bits) for bits in site.allowed})
     return losses
-
-
-def loss_weights(prepared: PreparedModule) -> list[float]:
-    """Return for each site what a mean squared rounding error of its tensor counts."""
-    squares: list[float] = prepared.plan.statistics[:, SQUARES].tolist()
-    if any(square > 0 for square in squares):
-        return squares
-    sites = prepared.plan.accounting.sites
-    sizes = (mean_size(prepared.quantizers[site.name]) for site in sites)
-    return [1.0 / max(size**2, _TINY) for size in sizes]
 
 
 def mean_gradients(prepared: PreparedModule) -> list[float]:

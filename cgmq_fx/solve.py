@@ -1,11 +1,15 @@
 """`solve`: the bit-widths of a calibrated model within every budget, without training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+from cgmq_fx.accounting import Accounting
 from cgmq_fx.allocate import PredictedLoss
 from cgmq_fx.allocate_exactly import TIME_LIMIT, Allocation, allocate_exactly
 from cgmq_fx.calibration_data import model_inputs
+from cgmq_fx.choose_bits import choose_bits
 from cgmq_fx.errors import TrainingError
 from cgmq_fx.guide import check_prepared
 from cgmq_fx.measured_loss import measured_loss
@@ -46,10 +50,22 @@ def solve(
     prepared = check_prepared(prepared, "solve")
     _check_ranges(prepared)
     predicted = _predicted(prepared, loader, batches)
-    found = allocate_exactly(prepared.plan.accounting, predicted, time_limit=time_limit)
-    prepared.set_bit_widths(found.bits)
+    found: list[Allocation] = []
+
+    def exactly(
+        accounting: Accounting,
+        predicted: PredictedLoss,
+        *,
+        start: Sequence[int] | None = None,
+        limits: Mapping[str, Fraction] | None = None,
+    ) -> tuple[int, ...]:
+        found.append(allocate_exactly(accounting, predicted, limits=limits, time_limit=time_limit))
+        return found[-1].bits
+
+    bits = choose_bits(prepared, predicted=predicted, allocator=exactly)
+    prepared.set_bit_widths(bits)
     settle_ranges(prepared)
-    return found
+    return replace(found[-1], bits=bits)
 
 
 def _predicted(

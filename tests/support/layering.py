@@ -28,6 +28,9 @@ GROUP_OF = {
     "cgmq_fx.quantizer_spec": "quantizers",
     "cgmq_fx.calibration": "quantizers",
     "cgmq_fx.quantizer": "quantizers",
+    "cgmq_fx.unit_bits": "quantizers",
+    "cgmq_fx.unit_quantizer": "quantizers",
+    "cgmq_fx.fake_quantize_units": "quantizers",
     "cgmq_fx.quantizers": "quantizers",
     "cgmq_fx.attention": "quantizers",
     "cgmq_fx.quantizer_memory": "quantizers",
@@ -47,6 +50,8 @@ GROUP_OF = {
     "cgmq_fx.integer_products": "workflow",
     "cgmq_fx.integer_reference": "workflow",
     "cgmq_fx.allocate": "workflow",
+    "cgmq_fx.choose_bits": "workflow",
+    "cgmq_fx.ladders": "workflow",
     "cgmq_fx.sensitivity": "workflow",
     "cgmq_fx.tally": "workflow",
     "cgmq_fx.account": "workflow",
@@ -179,6 +184,7 @@ THIRD_PARTY = {"values": set(), "cost": set(), "quantizers": {"torch"}}
 # Vectorised totals are tensors; files are packed without torch.
 THIRD_PARTY_OF_MODULE = {
     "cgmq_fx.packing": {"numpy"},
+    "cgmq_fx.unit_bits": {"numpy"},
     "cgmq_fx.cost.totals": {"torch"},
     "cgmq_fx.cost.peak_memory": {"torch"},
 }
