@@ -13,12 +13,19 @@ from torch.autograd.function import once_differentiable
 
 from cgmq_fx.fake_quantize import (
     ABSOLUTE_FLOOR,
+    BOUNDS,
     RANGE_MAX,
     RANGE_MIN,
     RELATIVE_FLOOR,
     copy_as_laid_out,
     statistics_of,
     widen,
+)
+from cgmq_fx.native_units import (
+    Units,
+    native_units_backward,
+    native_units_call,
+    native_units_forward,
 )
 
 
@@ -119,6 +126,10 @@ class _FakeQuantizeUnits(torch.autograd.Function):
         if bypass:
             return copy_as_laid_out(x)
         ctx.save_for_backward(x, multiplier, unit_range, unit_high, passthrough)
+        units = Units(multiplier, unit_range, unit_high)
+        ctx.call = None if bypass is None else native_units_call(x, units)
+        if ctx.call is not None:
+            return native_units_forward(ctx.call, x, units, BOUNDS)
         grid = unit_grid(multiplier, unit_range, unit_high, has_binary=has_binary)
         out = (unit_steps(widen(x), grid) * grid.scale).to(x.dtype)
         return torch.where(passthrough, x, out) if bypass is None else out
@@ -127,6 +138,11 @@ class _FakeQuantizeUnits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_multiplier, needs_probe = (ctx.needs_input_grad[i] for i in (0, 1, 5))
+        if not ctx.bypass and ctx.call is not None:
+            x, *parts, _ = ctx.saved_tensors
+            found = native_units_backward(ctx.call, x, grad_out, Units(*parts), BOUNDS)
+            needed = (needs_x, needs_multiplier, needs_probe)
+            return _gradients(*(g if n else None for g, n in zip(found, needed, strict=True)))
         grad = widen(grad_out)
         grad_probe = statistics_of(grad) if needs_probe else None
         if ctx.bypass:

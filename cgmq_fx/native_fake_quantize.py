@@ -40,7 +40,7 @@ class _Range(ctypes.Structure):
     )
 
 
-class _Gradients(ctypes.Structure):
+class Gradients(ctypes.Structure):
     """Where the gradients of a range go."""
 
     _fields_ = (("multiplier", ctypes.c_void_p), ("probe", ctypes.c_void_p))
@@ -134,7 +134,7 @@ def native_rectified_forward(
     x = _packed(call, x)
     out = torch.empty_like(x)
     tensors = (x, out, rectified)
-    return out, _run_forward("rectified_forward", call, tensors, ends, bounds, _floats((top,)))
+    return out, _run_forward("rectified_forward", call, tensors, ends, bounds, floats((top,)))
 
 
 def _run_forward(
@@ -146,13 +146,13 @@ def _run_forward(
     *more: Any,
 ) -> Tensor:
     qparams = torch.empty(_FIELDS * call.shape.ranges)
-    kernel = _function(f"{name}_{call.element}", 4 + len(tensors) + len(more))
+    kernel = kernel_named(f"{name}_{call.element}", 4 + len(tensors) + len(more))
     kernel(
         ctypes.byref(call.shape),
         ctypes.byref(_Range(*map(Tensor.data_ptr, ends))),
-        _floats(bounds),
+        floats(bounds),
         qparams.data_ptr(),
-        *map(_pointer, tensors),
+        *map(pointer, tensors),
         *more,
     )
     return qparams
@@ -186,8 +186,8 @@ def native_rectified_backward(
     `grad_rectified` came back to what was clamped.
     """
     x = _packed(call, x)
-    beside = None if grad_rectified is None else _laid_out_as(x, grad_rectified)
-    more = (_pointer(beside), _floats((top,)))
+    beside = None if grad_rectified is None else laid_out_as(x, grad_rectified)
+    more = (pointer(beside), floats((top,)))
     return _run_backward("rectified_backward", call, x, grad_out, saved, bounds, *more)
 
 
@@ -202,15 +202,15 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     base, quant_max, qparams = saved
     x = _packed(call, x)
-    grad_out, grad_x = _laid_out_as(x, grad_out), _empty_like(x)
+    grad_out, grad_x = laid_out_as(x, grad_out), _empty_like(x)
     grad_multiplier, grad_probe = torch.empty_like(base), torch.empty(2)
-    kernel = _function(f"{name}_{call.element}", 8 + len(more))
+    kernel = kernel_named(f"{name}_{call.element}", 8 + len(more))
     failed = kernel(
         ctypes.byref(call.shape),
         ctypes.byref(_Range(None, base.data_ptr(), None, quant_max.data_ptr())),
-        _floats(bounds),
+        floats(bounds),
         *(qparams.data_ptr(), x.data_ptr(), grad_out.data_ptr(), grad_x.data_ptr()),
-        ctypes.byref(_Gradients(grad_multiplier.data_ptr(), grad_probe.data_ptr())),
+        ctypes.byref(Gradients(grad_multiplier.data_ptr(), grad_probe.data_ptr())),
         *more,
     )
     if failed:
@@ -223,13 +223,15 @@ def _packed(call: Call, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(x) if call.packs and layout_of(x, None) is None else x
 
 
-def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
+def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
+    """Return a gradient in the layout and the type of x."""
     if grad.stride() == x.stride() and grad.dtype == x.dtype:
         return grad
     return torch.empty_like(x).copy_(grad)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Return where a tensor lies, as kernels take it; None for NULL."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -243,7 +245,8 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 @cache
-def _function(name: str, num_pointers: int) -> Callable[..., Any]:
+def kernel_named(name: str, num_pointers: int) -> Callable[..., Any]:
+    """Return the kernel ``cgmq_<name>``, which takes so many pointers."""
     function: Any = getattr(load_library(), f"cgmq_{name}")
     function.argtypes = [ctypes.c_void_p] * num_pointers
     function.restype = ctypes.c_int if "backward" in name else None
@@ -252,5 +255,6 @@ def _function(name: str, num_pointers: int) -> Callable[..., Any]:
 
 
 @cache
-def _floats(values: tuple[float, ...]) -> Any:
+def floats(values: tuple[float, ...]) -> Any:
+    """Return numbers as a C array."""
     return (ctypes.c_float * len(values))(*values)

@@ -18,7 +18,7 @@ CHOICE = "CGMQ_FX_KERNELS"
 #: Folder of compiled kernels; by default ``cgmq_fx`` in the user's cache folder.
 CACHE = "CGMQ_FX_CACHE"
 
-_SOURCES = ("fake_quantize.c", "per_element.h", "rectified.h")
+_SOURCES = ("fake_quantize.c", "per_element.h", "rectified.h", "units.h")
 # No contraction and no fast-math: values are those of plain PyTorch, bit for bit.
 _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # From the fastest to what every compiler takes.

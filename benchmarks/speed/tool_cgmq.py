@@ -9,7 +9,7 @@ from torch import Tensor
 from training import Step, optimizer_of, step_of
 
 import cgmq_fx
-from cgmq_fx.allocate import lower_to_budget
+from cgmq_fx.choose_bits import lower_to_budget
 from cgmq_fx.prepared import PreparedModule
 
 PACKAGES = ("cgmq-fx",)

@@ -181,6 +181,76 @@ static void add_up(size chunks, size ranges, size blocks, const double *partial,
                 for (int k = 0; k < SUMS; k++) sums[r * SUMS + k] += *partial++;
 }
 
+#define UNIT_SUMS 3
+
+/* Units that differ in bit-width: the range of each where every multiplier is 1, and the greatest code;
+ * -1 says that the codes are -1 and 1. */
+typedef struct {
+    const float *multiplier, *range, *high;
+    int32_t by_element;
+} units_t;
+
+typedef struct {
+    float scale, high;
+    int binary;
+} grid_t;
+
+/* What the gain of every unit's gradient has in common: see _unit_gain of fake_quantize_units.py. */
+typedef struct {
+    float values, floor;
+} gain_t;
+
+static inline grid_t unit_grid(float multiplier, float range, float high, const bounds_t *bounds) {
+    int binary = high < 0.0f;
+    float most = binary ? 2.0f : high;
+    float reach = at_least(fabsf(multiplier * range), bounds->range_min);
+    grid_t grid = {at_most(reach, bounds->range_max) / at_least(most, 1.0f), most, binary};
+    return grid;
+}
+
+static inline float nearest_of(float steps, int binary) {
+    return binary ? nearest(steps, 1) : nearest(steps, 0);
+}
+
+static inline float on_grid(float x, grid_t grid) {
+    float steps = at_least(at_most(x / grid.scale, grid.high), -grid.high);
+    return nearest_of(steps, grid.binary) * grid.scale;
+}
+
+static gain_t gain_of(const shape_t *s, const units_t *units, const bounds_t *bounds) {
+    size count = units->by_element ? s->outer * s->ranges * s->inner : s->ranges;
+    float top = 0.0f;
+    for (size u = 0; u < count; u++) top = units->range[u] > top ? units->range[u] : top;
+    float floor = at_least(top * bounds->relative_floor, bounds->absolute_floor);
+    gain_t gain = {(float)(s->outer * s->inner), floor};
+    return gain;
+}
+
+static inline float unit_gain(float multiplier, float range, float high, const gain_t *gain) {
+    float span = range > gain->floor ? range : gain->floor;
+    float size = sqrtf(fabsf(high) / gain->values) / (span * span);
+    return copysignf(range * size, multiplier);
+}
+
+/* Adds up sums[outer][range][UNIT_SUMS] into the gradients of the multipliers and of the probe. */
+static void add_up_units(const shape_t *s, const double *sums, const bounds_t *bounds,
+                         const gradients_t *to) {
+    double total = 0.0, squares = 0.0;
+    for (size r = 0; r < s->ranges; r++) {
+        double slope = 0.0;
+        for (size o = 0; o < s->outer; o++) {
+            const double *part = sums + (o * s->ranges + r) * UNIT_SUMS;
+            slope += part[0];
+            total += part[1];
+            squares += part[2];
+        }
+        to->multiplier[r] = (float)slope;
+    }
+    double values = (double)(s->outer * s->inner) * (double)s->ranges;
+    to->probe[0] = (float)(total / values) * bounds->probe_scale;
+    to->probe[1] = (float)squares * bounds->probe_scale;
+}
+
 #define PASTE(NAME, ELEMENT) NAME##_##ELEMENT
 #define EXPAND(NAME, ELEMENT) PASTE(NAME, ELEMENT)
 #define NAMED(NAME) EXPAND(NAME, ELEMENT)
@@ -189,6 +259,7 @@ static void add_up(size chunks, size ranges, size blocks, const double *partial,
 #define TYPE float
 #include "per_element.h"
 #include "rectified.h"
+#include "units.h"
 #undef ELEMENT
 #undef TYPE
 
@@ -196,3 +267,4 @@ static void add_up(size chunks, size ranges, size blocks, const double *partial,
 #define TYPE uint16_t
 #include "per_element.h"
 #include "rectified.h"
+#include "units.h"

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 
 import cgmq_fx
 from benchmark_scripts import script
+from cgmq_fx import fake_quantize_units
 from cgmq_fx.cost.mixture import Mixture
 from cgmq_fx.cost.terms import Term
+from cgmq_fx.native_library import load_library
+from cgmq_fx.native_units import native_units_call
 from cgmq_fx.packed_codes import pack_unit_codes, unpack_unit_codes
 from cgmq_fx.packing import code_range, pack, pack_units, unpack_units
 from cgmq_fx.quantizers import Quantizer, QuantizerSpec
@@ -90,6 +93,40 @@ def test_every_unit_is_rounded_as_a_tensor_of_its_width_is(dtype, layout, case):
     if several.ranges.amin() > several.ranges.amax() / 8:
         atol = (1e-2 if dtype == torch.bfloat16 else 1e-4) * float(ranges_grad.abs().max() + 1e-6)
         assert torch.allclose(several.multiplier.grad, ranges_grad, atol=atol)
+
+
+@pytest.mark.skipif(load_library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    unit_cases(), st.sampled_from((0.0, math.nan, math.inf, 1e30, 1e-30)), st.sampled_from((1, 2))
+)
+def test_compiled_kernels_and_plain_pytorch_are_one_function(dtype, case, special, threads):
+    shape, axis, unit_shape, units, seed = case
+    several, _ = pair_of(shape, unit_shape, axis)
+    several.set_bit_width(bits_of(units))
+    several(weight_of(shape, seed, dtype, "contiguous"))
+    several.multiplier.data.uniform_(-1.3, 1.3, generator=torch.Generator().manual_seed(seed))
+    given_back = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    weight = weight_of(shape, seed, dtype, "contiguous")
+    weight.data.view(-1)[-1] = special
+    found = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for call in (native_units_call, lambda x, units: None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(fake_quantize_units, "native_units_call", call)
+                weight.grad = several.multiplier.grad = several.probe.grad = None
+                out = several(weight)
+                out.backward(given_back)
+                found.append((out, weight.grad, several.multiplier.grad, several.probe.grad))
+    finally:
+        torch.set_num_threads(before)
+    for compiled, plain in list(zip(*found, strict=True))[:2]:
+        assert torch.equal(compiled.nan_to_num(7), plain.nan_to_num(7))
+    for compiled, plain in list(zip(*found, strict=True))[2:]:
+        size = float(plain.nan_to_num(0, 0, 0).abs().max())
+        assert torch.allclose(compiled, plain, rtol=1e-3, atol=1e-4 * size, equal_nan=True)
 
 
 @given(unit_cases())

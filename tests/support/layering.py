@@ -24,6 +24,7 @@ GROUP_OF = {
     "cgmq_fx.fake_quantize": "quantizers",
     "cgmq_fx.native_fake_quantize": "quantizers",
     "cgmq_fx.native_library": "quantizers",
+    "cgmq_fx.native_units": "quantizers",
     "cgmq_fx.gates": "quantizers",
     "cgmq_fx.quantizer_spec": "quantizers",
     "cgmq_fx.calibration": "quantizers",
