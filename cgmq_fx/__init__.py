@@ -30,6 +30,7 @@ from cgmq_fx.quantize import quantize as quantize
 from cgmq_fx.report import report as report
 from cgmq_fx.round_weights import round_weights as round_weights
 from cgmq_fx.solve import solve as solve
+from cgmq_fx.unit_bits import UnitBits as UnitBits
 from cgmq_fx.verify import verify as verify
 
 __version__ = "0.1.0"

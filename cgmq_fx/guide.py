@@ -16,7 +16,7 @@ from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.ranks import Ranks, is_sharded, stacked
 from cgmq_fx.step_statistics import FiniteWatch, HostCount
 from cgmq_fx.undecayed import Undecayed
-from cgmq_fx.wrapped import check_sharding, unwrapped
+from cgmq_fx.wrapped import check_sharding, is_model_sharded, unwrapped
 
 # The descent takes this part of a run whose length is known, else this many steps.
 _DESCENT_SHARE, _DESCENT_STEPS = 0.2, 400
@@ -72,14 +72,18 @@ def attach(
             f"{type(optimizer).__name__} is guided for this prepared model already; attach once, "
             f"or call detach() on the guide of before"
         )
-    if direction in GATE_DIRECTIONS:
-        _check_granularity(prepared, direction)
+    _check_granularity(prepared, direction)
     return Guide(prepared, optimizer, direction, total_steps, Ranks(process_group))
 
 
 def _check_granularity(prepared: PreparedModule, direction: str) -> None:
     several = [name for name, item in prepared.quantizers.items() if item.spec.unit_shape]
-    if several:
+    if several and is_model_sharded(prepared):
+        raise UsageError(
+            f"the weights {several[:5]} have several gates, and after fully_shard no rank has all "
+            f"of them; use DistributedDataParallel, or prepare with granularity='layer'"
+        )
+    if several and direction in GATE_DIRECTIONS:
         raise UsageError(
             f"direction={direction!r} moves one gate of a tensor, and the weights {several[:5]} "
             f"have several; leave the direction out, or prepare with granularity='layer'"

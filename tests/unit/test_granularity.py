@@ -1,7 +1,9 @@
 """Bit-widths for each channel or element, from `prepare` to a file."""
 
 import json
+import runpy
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch._dynamo.utils import counters
 
 import cgmq_fx
 from cgmq_fx.choose_bits import choose_bits
+from cgmq_fx.frozen import FrozenWeight
 from cgmq_fx.sensitivity import predicted_loss
 from cgmq_fx.unit_bits import UnitBits, bits_of
 from cgmq_fx.unit_quantizer import UnitQuantizer
@@ -251,6 +254,22 @@ def test_post_training_chooses_and_rounds_units():
         assert all(share <= 1 for share in shares.values())
         assert bool(shares) == (granularity == "channel")
         assert cgmq_fx.report(cgmq_fx.lower(prepared)).satisfied
+
+
+@pytest.mark.parametrize("granularity", ["channel", "element"])
+def test_the_reader_of_the_page_reads_units(granularity, tmp_path):
+    page = Path(__file__).resolve().parents[2] / "docs" / "formats" / "safetensors.md"
+    source = page.read_text().partition("```python reader.py\n")[2].partition("```")[0]
+    (tmp_path / "reader.py").write_text(source)
+    prepared = prepared_net(granularity, widths=(0, 1, 2, 4, 8))
+    train(prepared, 10, 10)
+    fixed = cgmq_fx.lower(prepared)
+    path = cgmq_fx.export(fixed, tmp_path / "model.safetensors")
+    _, found = runpy.run_path(str(tmp_path / "reader.py"))["read"](path)
+    weights = {n: m for n, m in fixed.named_modules() if isinstance(m, FrozenWeight)}
+    assert any(module.unit_bits is not None for module in weights.values())
+    for name, module in weights.items():
+        assert (found[name] == module().numpy()).all()
 
 
 def test_elements_of_several_scales_are_refused_by_formats_of_runtimes(tmp_path):
