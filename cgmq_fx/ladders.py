@@ -7,8 +7,8 @@ weight, not a width of every unit.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +44,7 @@ class Ladder:
     """The rungs of one weight, by rising mean bit-width.
 
     Args:
-        errors: squared rounding errors, summed over a unit, shape (widths, units).
+        errors: squared rounding errors, summed over a unit, float32 of shape (widths, units).
         widths: their bit-widths, rising, none of them 32.
         elements: of the weight.
         has_float: whether the weight may stay float, as a whole.
@@ -53,10 +53,14 @@ class Ladder:
     def __init__(
         self, errors: Tensor, widths: Sequence[int], elements: int, *, has_float: bool
     ) -> None:
-        self.errors, self.widths, self.elements = errors, tuple(widths), elements
-        self._bits = torch.tensor(self.widths, dtype=errors.dtype, device=errors.device)
-        self._has_float = has_float
-        self._is_refined = False
+        self.widths, self.elements = tuple(widths), elements
+        self._has_float, self._is_refined = has_float, False
+        self._num_units = errors.shape[1]
+        self._totals = errors.sum(1, dtype=torch.float64).tolist()
+        #: What each step from one width to the next takes off the error of each unit.
+        self._gains = errors[:-1] - errors[1:]
+        #: Below which price a unit takes at least the width of each place but the first.
+        self._thresholds = _thresholds(errors, self.widths)
         self.rungs = self._rungs(self._prices())
 
     def refine(self, place: int) -> bool:
@@ -65,8 +69,9 @@ class Ladder:
         prices = [rung.price for rung in near if rung.price]
         if self._is_refined or len(prices) < 2:
             return False
-        steps = np.geomspace(max(prices), min(prices), NUM_RUNGS)
-        self.rungs, self._is_refined = self._rungs([float(price) for price in steps]), True
+        logs = torch.tensor([min(prices), max(prices)], dtype=torch.float64).log()
+        steps = torch.linspace(float(logs[0]), float(logs[1]), NUM_RUNGS, dtype=torch.float64)
+        self.rungs, self._is_refined = self._rungs(steps.exp().float()), True
         return True
 
     def bits(self, place: int) -> int:
@@ -75,7 +80,7 @@ class Ladder:
         if rung.price is None:
             (bits,) = rung.counts
             return bits
-        index = self._choice(rung.price)
+        index = (self._thresholds > rung.price).sum(0)
         table = torch.tensor(self.widths, dtype=torch.uint8)
         return bits_of(table[index.cpu()].numpy().tobytes())
 
@@ -84,9 +89,9 @@ class Ladder:
 
         The factor that fits them best, in the sense of least squares.
         """
-        errors = {width: self._uniform(place).error for place, width in enumerate(self.widths)}
-        squares = sum(error**2 for error in errors.values())
-        met = sum(losses[width] * error for width, error in errors.items())
+        errors = [total / self.elements for total in self._totals]
+        squares = sum(error**2 for error in errors)
+        met = sum(losses[bits] * error for bits, error in zip(self.widths, errors, strict=True))
         return met / squares if squares else 0.0
 
     def at_most(self, bits: int) -> int:
@@ -95,22 +100,19 @@ class Ladder:
         fits = [place for place, rung in enumerate(self.rungs) if rung.mean_bits <= limit]
         return fits[-1] if fits else 0
 
-    def _prices(self) -> list[float]:
-        """Return prices at which units change their width, falling."""
-        if len(self.widths) < 2:
-            return []
-        stride = -(-self.errors.shape[1] // _QUANTILE_UNITS)
-        sample = self.errors[:, ::stride]
-        slopes = (sample[:-1] - sample[1:]) / (self._bits[1:] - self._bits[:-1]).unsqueeze(1)
-        slopes = slopes[slopes > 0].flatten().double()
-        if not slopes.numel():
-            return []
-        at = torch.linspace(1, 0, NUM_RUNGS, dtype=torch.float64, device=slopes.device)
-        ordered = slopes.sort().values
-        return [*ordered[(at * (len(ordered) - 1)).long()].tolist(), 0.0]
+    def _prices(self) -> Tensor:
+        """Return prices at which units change their width, rising."""
+        stride = -(-self._num_units // _QUANTILE_UNITS)
+        met = self._thresholds[:, ::stride].flatten()
+        ordered = met[(met > 0) & met.isfinite()].sort().values
+        if not len(ordered):
+            return ordered
+        places = torch.linspace(0, len(ordered) - 1, NUM_RUNGS, dtype=torch.float64)
+        chosen = ordered[places.long().to(ordered.device)]
+        return torch.cat((ordered.new_zeros(1), chosen))
 
-    def _rungs(self, prices: Sequence[float]) -> list[Rung]:
-        found = [self._uniform(0), *map(self._priced, prices), self._uniform(-1)]
+    def _rungs(self, prices: Tensor) -> list[Rung]:
+        found = [self._uniform(0), *self._priced(prices), self._uniform(-1)]
         if self._has_float:
             found.append(Rung({FLOAT_WIDTH: 1}, 0.0, None))
         distinct: list[Rung] = []
@@ -122,20 +124,55 @@ class Ladder:
         return distinct
 
     def _uniform(self, place: int) -> Rung:
-        error = float(self.errors[place].sum(dtype=torch.float64)) / self.elements
-        return Rung({self.widths[place]: 1}, error, None)
+        return Rung({self.widths[place]: 1}, self._totals[place] / self.elements, None)
 
-    def _priced(self, price: float) -> Rung:
-        index = self._choice(price)
-        error = self.errors.gather(0, index.unsqueeze(0)).sum(dtype=torch.float64)
-        counts = torch.bincount(index, minlength=len(self.widths)).tolist()
-        present = {bits: n for bits, n in zip(self.widths, counts, strict=True) if n}
-        is_uniform = len(present) == 1
-        return Rung(
-            dict.fromkeys(present, 1) if is_uniform else present,
-            float(error) / self.elements,
-            None if is_uniform else price,
-        )
+    def _priced(self, prices: Tensor) -> list[Rung]:
+        """Return a rung for each of the prices, which rise, in one pass over the units."""
+        prices = prices.to(self._thresholds)
+        reaching, gained = [], []
+        for threshold, gain in zip(self._thresholds, self._gains, strict=True):
+            above = torch.bucketize(threshold, prices)  # how many prices are below it
+            reaching.append(_from_above(torch.bincount(above, minlength=len(prices) + 1)))
+            weights = gain.to(torch.float64)
+            gained.append(_from_above(torch.bincount(above, weights, len(prices) + 1)))
+        rungs = []
+        for place, price in enumerate(prices.tolist()):
+            at_least = [self._num_units, *(int(many[place]) for many in reaching), 0]
+            counts = {
+                bits: more - fewer
+                for bits, (more, fewer) in zip(self.widths, pairwise(at_least), strict=True)
+                if more > fewer
+            }
+            error = self._totals[0] - sum(float(gain[place]) for gain in gained)
+            if len(counts) > 1:
+                rungs.append(Rung(counts, max(0.0, error) / self.elements, price))
+        return rungs
 
-    def _choice(self, price: float) -> Tensor:
-        return (self.errors + price * self._bits.unsqueeze(1)).argmin(0)
+
+def _thresholds(errors: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return below which price each unit takes at least the width of each place but the first.
+
+    The wider width j beats the narrower i below the price (error i - error j) / (bits j - bits i).
+    """
+    slopes = {
+        (i, j): (errors[i] - errors[j]) / (widths[j] - widths[i])
+        for j in range(len(widths))
+        for i in range(j)
+    }
+    found: list[Tensor] = []
+    for place in range(1, len(widths)):
+        best: Tensor | None = None
+        for j in range(place, len(widths)):
+            worst = slopes[0, j]
+            for i in range(1, place):
+                worst = torch.minimum(worst, slopes[i, j])
+            best = worst if best is None else torch.maximum(best, worst)
+        assert best is not None
+        # What rounding makes of nested sets is made nested again.
+        found.append(best if not found else torch.minimum(best, found[-1]))
+    return torch.stack(found) if found else errors[:0]
+
+
+def _from_above(counts: Tensor) -> Tensor:
+    """Return for each price the sum over what is above it, from counts by how many are below."""
+    return counts.flip(0).cumsum(0).flip(0)[1:]
