@@ -15,11 +15,11 @@ help: ## say what there is
 demo: $(VENV)/.stamp-demo ## the main job on the digits data set, start to end
 	$(BIN)/cgmq-fx demo
 
-test: $(VENV)/.stamp-test ## every test
-	$(BIN)/pytest -q --durations=10
+test: $(VENV)/.stamp-test ## every test, on all cores
+	$(BIN)/pytest -q -n auto --dist worksteal --durations=10
 
 test-fast: $(VENV)/.stamp-test ## the tests without the slow mark
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -n auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/.stamp-dev ## ruff: rules and formatting
 	$(BIN)/ruff check .
