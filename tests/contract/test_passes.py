@@ -125,7 +125,9 @@ def test_every_pass_is_checked():
     assert passes_in_the_folder() == set(SUBJECTS)
 
 
-@pytest.mark.parametrize("kind", passes_in_the_folder(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", sorted(passes_in_the_folder(), key=lambda kind: kind.name), ids=lambda kind: kind.name
+)
 def test_a_pass_lives_in_the_file_of_its_name(kind):
     assert kind.__module__ == f"cgmq_fx.passes.{kind.name.replace('-', '_')}"
 
