@@ -85,13 +85,10 @@ class Case:
     """A task with its samples, its float network, and the length of the training."""
 
     task: Task
+    model: nn.Module
     train: Split
     test: Split
     epochs: int
-
-    def model(self) -> nn.Module:
-        """Return the float network."""
-        return float_model(self.task, self.train, 0)
 
     @property
     def steps(self) -> int:
@@ -101,7 +98,7 @@ class Case:
     def prepared(self, budget: str, **options: object) -> PreparedModule:
         """Return the float network, prepared."""
         inputs = (self.train[0][:1],)
-        return cgmq_fx.prepare(self.model(), budget, example_inputs=inputs, **options)
+        return cgmq_fx.prepare(self.model, budget, example_inputs=inputs, **options)
 
 
 Way = Callable[[Case, str], PreparedModule]
@@ -231,9 +228,9 @@ def load_case(name: str, root: str) -> Case:
     (task,) = (task for task in TASKS if task.name == name)
     whole, test = task.data(root)
     count, epochs = SIZES[name]
-    float_model(task, whole, 0)
+    model = float_model(task, whole, 0)
     step = len(whole[0]) // count
-    return Case(task, (whole[0][::step], whole[1][::step]), test, epochs)
+    return Case(task, model, (whole[0][::step], whole[1][::step]), test, epochs)
 
 
 # -- the page ------------------------------------------------------------------------------------
