@@ -61,7 +61,7 @@ from cgmq_fx.selectors import Operand  # noqa: E402
 LENET, RESNET = TASKS[:2]
 SMALL_RESNET = Task("ResNet-20 at 16x16", RESNET.build, small_cifar, 8, 3, RESNET.rate)
 #: The tasks, and the training samples of each.
-SIZES = {LENET: 4_000, SMALL_RESNET: 4_000}
+SIZES = {LENET: 3_000, SMALL_RESNET: 2_667}
 EPOCHS = 3
 WIDTHS = (2, 4, 8, 16)
 LEARNING_RATE = 1e-3
@@ -194,7 +194,7 @@ def load_case(task: Task, samples: int, root: str) -> Case:
     """Return the float network of a task and a part of its training samples, of all classes."""
     whole, test = task.data(root)
     model = float_model(task, whole, 0)
-    step = len(whole[0]) // samples
+    step = round(len(whole[0]) / samples)
     return Case(task.name, model, (whole[0][::step], whole[1][::step]), test)
 
 
