@@ -14,10 +14,12 @@ from cgmq_fx.cost.peak_memory import PEAK_ACTIVATION_MEMORY, PeakMemory
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.cost.totals import FLOAT_BITS, Resource, SumResource, price, weight_memory
 from cgmq_fx.errors import CostTableError
+from cgmq_fx.gates import PRUNED_WIDTH
 from cgmq_fx.passes.annotate_operations import AnnotateOperations, operand_of
 from cgmq_fx.passes.annotate_shapes import AnnotateShapes
 from cgmq_fx.passes.annotate_work import AnnotateWork
 from cgmq_fx.passes.candidates import is_quantizer
+from cgmq_fx.passes.decisive_tensors import decisive_tensors
 from cgmq_fx.passes.deployed import deployed_nodes
 from cgmq_fx.passes.insert_quantizers import QUANTIZERS
 from cgmq_fx.passes.liveness import live_buffers
@@ -171,6 +173,7 @@ class _Accountant:
     ) -> tuple[Site, ...]:
         elements = self._elements()
         bounding = [resource for name, resource in resources.items() if name in limits]
+        decisive = decisive_tensors(self.gm) if PRUNED_WIDTH in self.widths else frozenset()
         sites, faults = [], []
         for name, index in self.site_index.items():
             spec = self.specs[name]
@@ -180,7 +183,10 @@ class _Accountant:
                 faults.append(self._no_width(name, choices, tables, limits))
             bits = tuple(sorted(allowed))
             count = elements.get(name, 0)
-            sites.append(Site(name, spec.role, bits, spec.learned, count, spec.chosen_by))
+            is_decisive = name in decisive
+            sites.append(
+                Site(name, spec.role, bits, spec.learned, count, spec.chosen_by, is_decisive)
+            )
         if faults:
             names = ", ".join(sorted(limits))
             raise CostTableError(

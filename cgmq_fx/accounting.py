@@ -24,6 +24,7 @@ class Site:
         learned: False where its bit-width is fixed.
         elements: elements of its tensor, for one sample.
         chosen_by: what messages call the selectors of an override that speaks here; "" for none.
+        decisive: with its tensor at 0 bits an output is a constant.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Site:
     learned: bool
     elements: int
     chosen_by: str = ""
+    decisive: bool = False
 
 
 @dataclass(frozen=True)

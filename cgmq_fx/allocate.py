@@ -6,6 +6,7 @@ back where it helps most. Every comparison with a budget is exact.
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -30,7 +31,8 @@ def allocate(
 
     Args:
         accounting: sites and exact costs.
-        predicted: how much the loss rises at each allowed bit-width of each site.
+        predicted: how much the loss rises at each allowed bit-width of each site; where that is
+            infinite, only if nothing else is within the limits.
         start: bit-widths that no site exceeds; by default the widest allowed ones. Where costs fall
             as bits rise and nothing below `start` is within the limits, it is passed over.
         limits: bounds by resource; by default the budgets.
@@ -80,8 +82,8 @@ class _Search:
         self._widths = accounting.widths
         place = {width: position for position, width in enumerate(accounting.widths)}
         self._choices = [
-            [place[width] for width in site.allowed if width <= top]
-            for site, top in zip(accounting.sites, ceiling, strict=True)
+            [place[width] for width in site.allowed if width <= top and loss[width] < math.inf]
+            for site, top, loss in zip(accounting.sites, ceiling, predicted, strict=True)
         ]
 
     def _loss(self, site: int, index: int) -> float:

@@ -8,7 +8,7 @@ solves it to the proven optimum; every comparison with a budget is then made aga
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -57,7 +57,8 @@ def allocate_exactly(
 
     Args:
         accounting: sites and exact costs.
-        predicted: how much the loss rises at each allowed bit-width of each site.
+        predicted: how much the loss rises at each allowed bit-width of each site; where that is
+            infinite, only if nothing else is within the limits.
         limits: bounds by resource; by default the budgets.
         time_limit: seconds, after which the best found so far is taken.
 
@@ -77,8 +78,10 @@ def allocate_exactly(
         index = accounting.index(bits)
         if all(accounting.resources[name].total(index) <= limits[name] for name in limits):
             loss = _loss(accounting, predicted, bits)
-            # Both are within the budgets; where the time was up the greedy one may be better.
-            return Allocation(bits, loss, is_optimal) if loss <= best.loss else best
+            # Both are within the budgets; the greedy one may be better where the time was up, or by
+            # less than the solver tells apart.
+            better = Allocation(bits, loss, is_optimal)
+            return better if loss <= best.loss else replace(best, is_optimal=is_optimal)
         room -= _SLACK
     return best
 
@@ -106,7 +109,11 @@ class _Program:
     ) -> None:
         self._sites = accounting.sites
         place = {width: position for position, width in enumerate(accounting.widths)}
-        self._choices = [tuple(place[width] for width in site.allowed) for site in self._sites]
+        self._widths = accounting.widths
+        self._choices = [
+            tuple(place[width] for width in site.allowed if loss[width] < math.inf)
+            for site, loss in zip(self._sites, predicted, strict=True)
+        ]
         self._columns: list[float] = []  # of the objective
         self._chosen = [
             {index: self._column(predicted[number][accounting.widths[index]]) for index in choices}
@@ -135,10 +142,10 @@ class _Program:
         )
         if found.x is None:
             return None
-        bits = []
-        for site, chosen in zip(self._sites, self._chosen, strict=True):
-            index = max(chosen, key=lambda index: found.x[chosen[index]])
-            bits.append(site.allowed[list(chosen).index(index)])
+        bits = [
+            self._widths[max(chosen, key=lambda index: found.x[chosen[index]])]
+            for chosen in self._chosen
+        ]
         return tuple(bits), found.status == 0
 
     def _assembled(self) -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ from cgmq_fx.cost.peak_memory import PeakMemory
 from cgmq_fx.cost.terms import Term
 from cgmq_fx.cost.totals import Resource, SumResource
 from cgmq_fx.gates import FLOAT_WIDTH
-from cgmq_fx.ladders import Ladder
+from cgmq_fx.ladders import Ladder, Rung
 from cgmq_fx.passes.candidates import is_quantizer
 from cgmq_fx.passes.constants import constant_value
 from cgmq_fx.passes.deployed import written_nodes
@@ -157,7 +157,9 @@ class LadderView:
             sites[site] = replace(sites[site], allowed=numbers)
             factor = ladder.loss_of_error(predicted[site])
             pairs = zip(numbers, ladder.rungs, strict=True)
-            losses[site] = {number: factor * rung.error for number, rung in pairs}
+            losses[site] = {
+                number: _rung_loss(rung, predicted[site], factor) for number, rung in pairs
+            }
         resources = {
             name: self._resource(resource, widths)
             for name, resource in accounting.resources.items()
@@ -228,6 +230,13 @@ class LadderView:
                 )
             )
         return tuple(lines)
+
+
+def _rung_loss(rung: Rung, losses: Mapping[int, float], factor: float) -> float:
+    """Return the loss of a rung; infinite where that of its one width is."""
+    if len(rung.counts) == 1 and any(losses[bits] == math.inf for bits in rung.counts):
+        return math.inf
+    return factor * rung.error
 
 
 def _mixed(

@@ -86,7 +86,7 @@ def fit(
         loss_fn: ``loss_fn(output, target)``, a scalar.
         epochs: passes over the loader.
         optimizer: over the parameters of `prepared`; by default Adam at 1e-3, falling to 0 on a
-            cosine.
+            cosine, step by step where the loader knows its length.
         scheduler: a learning-rate scheduler of `optimizer`, stepped after each epoch;
             `ReduceLROnPlateau` with the mean training loss.
         val_loader: batches like the training ones, for the choice of the best epoch.
@@ -109,6 +109,9 @@ def fit(
     """
     _check_is_alone(prepared)
     _check_run(epochs, patience, train_loader, val_loader, checkpoint, every)
+    batches = _length(train_loader)
+    steps = None if batches is None else max(1, epochs * batches)
+    schedules_steps = optimizer is None and steps is not None
     if optimizer is None:
         if scheduler is not None:
             raise UsageError(
@@ -117,11 +120,10 @@ def fit(
             )
         learned = [p for p in prepared.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(learned, lr=1e-3)
-        scheduler = CosineAnnealingLR(optimizer, epochs)
-    batches = _length(train_loader)
-    steps = None if batches is None else max(1, epochs * batches)
+        scheduler = CosineAnnealingLR(optimizer, epochs if steps is None else steps)
     guide = attach(prepared, optimizer, direction=direction, total_steps=steps)
     run = _Run(prepared, optimizer, scheduler, loss_fn, metric, patience, callback)
+    run.schedules_steps = schedules_steps
     was_training = prepared.training
     generators = generators_of(train_loader=train_loader, val_loader=val_loader)
     parts = training_run("fit", prepared, optimizer, scheduler, guide, generators)
@@ -209,6 +211,8 @@ class _Run:
         self.history: list[Epoch] = []
         self.best_epoch: int | None = None
         self.interrupted = False
+        #: Whether the scheduler is stepped with the optimizer, and not after each epoch.
+        self.schedules_steps = False
         self.position = Position()
         self._best_metric = -math.inf
         self._best_state: dict[str, Any] | None = None
@@ -252,7 +256,7 @@ class _Run:
             self._record(number, loss, metric)
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 self.scheduler.step(loss)
-            elif self.scheduler is not None:
+            elif self.scheduler is not None and not self.schedules_steps:
                 self.scheduler.step()
             self.position = Position(number + 1)
             self.keeper.write(self.position)
@@ -300,6 +304,8 @@ class _Run:
             )
         torch.autograd.backward(loss)
         self.optimizer.step()
+        if self.schedules_steps:
+            self.scheduler.step()
         return value
 
     def _kept(self) -> str:

@@ -5,6 +5,7 @@ that any assignment with so many bits can be, so that an allocation has to choos
 weight, not a width of every unit.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,11 +88,14 @@ class Ladder:
     def loss_of_error(self, losses: Mapping[int, float]) -> float:
         """Return what loss a mean squared error of 1 is, by losses at widths of the whole weight.
 
-        The factor that fits them best, in the sense of least squares.
+        The factor that fits them best, in the sense of least squares; infinite ones are left out.
         """
-        errors = [total / self.elements for total in self._totals]
-        squares = sum(error**2 for error in errors)
-        met = sum(losses[bits] * error for bits, error in zip(self.widths, errors, strict=True))
+        met = squares = 0.0
+        for bits, total in zip(self.widths, self._totals, strict=True):
+            error = total / self.elements
+            if losses[bits] < math.inf:
+                met += losses[bits] * error
+                squares += error**2
         return met / squares if squares else 0.0
 
     def at_most(self, bits: int) -> int:

@@ -1,6 +1,7 @@
 """How much the outputs change when one tensor is quantized: sensitivities without labels."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from cgmq_fx.calibrate import evaluating, passing
 from cgmq_fx.calibration_data import Inputs, run
 from cgmq_fx.gates import FLOAT_WIDTH
 from cgmq_fx.prepared import PreparedModule
+from cgmq_fx.sensitivity import cuts
 
 _TINY = 1e-30
 
@@ -20,8 +22,9 @@ def measured_loss(prepared: PreparedModule, batches: Sequence[Inputs]) -> Predic
     """Return for each site how far the outputs are off when it alone has a bit-width.
 
     That is the mean squared error of each output tensor over its mean square, summed over outputs;
-    0 where a tensor stays float. Sites whose bit-width is fixed are quantized throughout, so that
-    it says what more is lost. The model runs once for each bit-width of each site and batch.
+    0 where a tensor stays float, infinite where an output is a constant. Sites whose bit-width is
+    fixed are quantized throughout, so that it says what more is lost. The model runs once for each
+    bit-width of each site and batch.
 
     Args:
         prepared: a calibrated model, left as it is.
@@ -41,7 +44,9 @@ def measured_loss(prepared: PreparedModule, batches: Sequence[Inputs]) -> Predic
                 continue
             tap, quantizer.tap = quantizer.tap, None
             for bits in site.allowed:
-                if bits != FLOAT_WIDTH:
+                if cuts(site, bits):
+                    loss[bits] = math.inf
+                elif bits != FLOAT_WIDTH:
                     quantizer.set_bit_width(bits)
                     loss[bits] = _distance(prepared, batches, wanted)
             quantizer.tap = tap

@@ -1,6 +1,9 @@
 """How much the loss rises when a tensor is quantized more coarsely."""
 
-from cgmq_fx.gates import FLOAT_WIDTH
+import math
+
+from cgmq_fx.accounting import Site
+from cgmq_fx.gates import FLOAT_WIDTH, PRUNED_WIDTH
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.quantizers import Quantizer
 
@@ -15,6 +18,7 @@ def predicted_loss(prepared: PreparedModule) -> list[dict[int, float]]:
 
     Second-order Taylor expansion with the empirical Fisher information on the diagonal: the rise is
     proportional to the sum of squared gradients times the mean squared error of the rounding.
+    It is infinite where an output would be a constant.
     Before any gradient is known every tensor counts the same, by its error relative to its size.
     """
     squares = prepared.plan.statistics[:, SQUARES].tolist()
@@ -23,8 +27,21 @@ def predicted_loss(prepared: PreparedModule) -> list[dict[int, float]]:
     for site, square in zip(prepared.plan.accounting.sites, squares, strict=True):
         quantizer = prepared.quantizers[site.name]
         weight = square if known else 1.0 / max(mean_size(quantizer) ** 2, _TINY)
-        losses.append({bits: weight * rounding_error(quantizer, bits) for bits in site.allowed})
+        losses.append(
+            {
+                bits: math.inf if cuts(site, bits) else weight * rounding_error(quantizer, bits)
+                for bits in site.allowed
+            }
+        )
     return losses
+
+
+def cuts(site: Site, bits: int) -> bool:
+    """Return whether a bit-width leaves an output that no longer depends on the inputs.
+
+    No expansion about the float model sees that, since all other tensors then cost nothing more.
+    """
+    return site.decisive and bits == PRUNED_WIDTH
 
 
 def mean_gradients(prepared: PreparedModule) -> list[float]:

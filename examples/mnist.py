@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--guided-epochs", type=int, default=15)
     parser.add_argument("--budget", default="0.6%")
     parser.add_argument("--learn-input-bits", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="+", default=[2, 4, 8, 16, 32])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -91,7 +92,8 @@ def main() -> None:
         print(f"float epoch {epoch + 1}: loss {loss:.4f}", flush=True)
     print(f"float: test accuracy {accuracy(model, test_loader):.2f} %")
 
-    prepared = cgmq_fx.prepare(model, arguments.budget, learn_input_bits=arguments.learn_input_bits)
+    options = {"learn_input_bits": arguments.learn_input_bits, "widths": arguments.widths}
+    prepared = cgmq_fx.prepare(model, arguments.budget, **options)
     optimizer = Adam(prepared.parameters())
     steps = arguments.guided_epochs * len(train_loader)
     scheduler = OneCycleLR(optimizer, 2e-3, steps)

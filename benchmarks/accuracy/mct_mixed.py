@@ -85,10 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tasks", default="", help="names to run, with commas; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for task in TASKS:
+        if arguments.tasks and task.name not in arguments.tasks.split(","):
+            continue
         train, test = task.data(arguments.data_root)
         try:
             made = mixed(float_model(task, train, arguments.seed), calibration(train))

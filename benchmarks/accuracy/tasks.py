@@ -74,6 +74,12 @@ def cifar(root: str) -> tuple[Split, Split]:
     return cifar_part(root, "train", 800), cifar_part(root, "test", 200)
 
 
+def small_cifar(root: str) -> tuple[Split, Split]:
+    """Return the same images at half their height and width."""
+    train, test = cifar(root)
+    return (F.avg_pool2d(train[0], 2), train[1]), (F.avg_pool2d(test[0], 2), test[1])
+
+
 def cifar_part(root: str, part: str, per_class: int) -> Split:
     """Return the first images of each class."""
     kept = CACHE / f"cifar-{part}-{per_class}.pt"
@@ -132,12 +138,12 @@ def keyword_spotter() -> nn.Module:
 
 
 TASKS = (
-    Task("LeNet-5", LeNet5, mnist, 4, 4),
-    Task("ResNet-20", lambda: ResNet((3, 3, 3), (16, 32, 64), stem=False), cifar, 8, 6, 4e-3),
-    Task("MobileNetV2-style", lambda: mobilenet(24, (1, 2, 2), 4), cifar, 12, 8, 4e-3),
-    Task("VGG-style", lambda: vgg((32, 64, 128), 1), cifar, 8, 6),
-    Task("small ViT", lambda: VisionTransformer(64, 4, 4), cifar, 12, 8, 1e-3),
-    Task("keyword spotting", keyword_spotter, commands, 8, 8),
+    Task("LeNet-5", LeNet5, mnist, 4, 2),
+    Task("ResNet-20", lambda: ResNet((3, 3, 3), (16, 32, 64), stem=False), cifar, 8, 2, 4e-3),
+    Task("MobileNetV2-style", lambda: mobilenet(24, (1, 2, 2), 4), cifar, 12, 4, 4e-3),
+    Task("VGG-style", lambda: vgg((32, 64, 128), 1), cifar, 8, 3),
+    Task("small ViT", lambda: VisionTransformer(64, 4, 4), cifar, 8, 3, 1e-3),
+    Task("keyword spotting", keyword_spotter, commands, 8, 4),
 )
 
 
@@ -183,8 +189,9 @@ def calibration(train: Split, samples: int = 512) -> list[Tensor]:
 
 
 def _shifted(x: Tensor) -> Tensor:
-    padded = F.pad(x, (4, 4, 4, 4))
-    down, right = (int(torch.randint(9, ())) for _ in range(2))
+    by = x.shape[-1] // 8
+    padded = F.pad(x, (by, by, by, by))
+    down, right = (int(torch.randint(2 * by + 1, ())) for _ in range(2))
     x = padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
     return x.flip(3) if bool(torch.randint(2, ())) else x
 

@@ -103,3 +103,15 @@ def test_what_no_bit_widths_meet_is_refused():
     accounting = prepare(network(0), "100%", example_inputs=inputs).plan.accounting
     with pytest.raises(BudgetError, match="the nearest exceeds bops"):
         allocate_exactly(accounting, losses(accounting, 0), limits={"bops": Fraction(1)})
+
+
+@pytest.mark.parametrize("budget", ["2%", "5%", "20%"])
+def test_a_proof_holds_for_what_the_solver_cannot_tell_from_its_own(budget):
+    """Losses of wide bit-widths differ by less than the solver's tolerance."""
+    inputs = (torch.randn(1, 2, 6, 6),)
+    accounting = prepare(network(0), budget, example_inputs=inputs).plan.accounting
+    predicted = [
+        {bits: 0.0 if bits == 32 else 4.0 ** (-2 * bits) / (1 + place) for bits in site.allowed}
+        for place, site in enumerate(accounting.sites)
+    ]
+    assert allocate_exactly(accounting, predicted).is_optimal

@@ -146,6 +146,25 @@ def test_own_optimizer_and_scheduler():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("has_length", [True, False])
+def test_the_default_rate_falls_with_every_step_where_their_number_is_known(
+    has_length, monkeypatch
+):
+    made, rates = [], []
+    kind = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda *a, **k: made.append(kind(*a, **k)) or made[0])
+
+    def loss(output, target):
+        rates.append(made[0].param_groups[0]["lr"])
+        return F.cross_entropy(output, target)
+
+    dataset = TensorDataset(*small_data(64)) if has_length else Stream()
+    fit(small_prepared(), DataLoader(dataset, batch_size=16), loss, epochs=2, progress=False)
+    places = range(8) if has_length else [0, 0, 0, 0, 4, 4, 4, 4]
+    wanted = [0.5e-3 * (1 + math.cos(math.pi * place / 8)) for place in places]
+    assert rates == pytest.approx(wanted)
+
+
 def test_own_optimizer_without_a_scheduler_keeps_its_rate():
     prepared = small_prepared()
     optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
