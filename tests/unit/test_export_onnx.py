@@ -170,6 +170,27 @@ def test_weights_that_several_operations_read_load_where_codes_become_unsigned(
     assert bits < 8 or kernels.count("QLinearConv") == 2
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_attention_weights_that_nobody_reads_are_no_part_of_a_file(name, tmp_path):
+    class Attended(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    x = torch.randn(3, 5, 4)
+    budget = {"bops": "100%", "peak_activation_memory": "1 GiB"}
+    made = prepare(Attended(), budget, example_inputs=(x,), widths=(8, 32)).eval()
+    with torch.no_grad():
+        made(x)
+        made.set_bit_widths([site.allowed[0] for site in made.plan.accounting.sites])
+        made(x)
+    fixed = lower(made, allow_untrained=True)
+    assert str(verify(export(fixed, tmp_path / name, example_inputs=(x,)))) == str(report(fixed))
+
+
 def test_raised_codes_are_held_against_the_manifest(tmp_path):
     path = export(lowered(Reused(), **widths(8)), tmp_path / "model.onnx", example_inputs=(X,))
     model = onnx.load(path)
