@@ -6,7 +6,7 @@
 measured first. Two networks that it was not made from are trained for a little while on digits to
 three budgets each, lowered, exported and timed. The error that the table states of itself is the
 margin: `prepare` is given the budget divided by one plus it. Ends with 0 where every measured
-latency is within its budget.
+latency is within its budget. ``--only resnet`` takes those whose names start so.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--table", type=Path, help="a table that was measured before")
+    parser.add_argument("--only", default="", help="networks whose names start so")
     parser.add_argument("--output", type=Path, help="write the page there, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,8 +69,9 @@ def main() -> int:
         table = load_table(arguments.table)
     else:
         table = measure_table(built(MADE_FROM), runs, log=_log).table
+    names = [name for name in NETWORKS if name.startswith(arguments.only)]
     made = {name: make for name, make, _ in OTHERS}
-    results = [run for name in NETWORKS for run in _runs(name, made[name], table, runs)]
+    results = [run for name in names for run in _runs(name, made[name], table, runs)]
     page = _page(table, results)
     print(page)
     if arguments.output:

@@ -4,7 +4,7 @@ Each takes one image of 3 x 64 x 64, a signal of 16 x 256, or 256 features. The 
 other depths, widths and shapes than the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -157,7 +157,12 @@ OTHERS: tuple[Network, ...] = (
 )
 
 
-def built(networks: tuple[Network, ...]) -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
+def only(networks: Sequence[Network], start: str) -> list[Network]:
+    """Return the networks whose names start so."""
+    return [network for network in networks if network[0].startswith(start)]
+
+
+def built(networks: Sequence[Network]) -> list[tuple[nn.Module, tuple[torch.Tensor, ...]]]:
     """Return the networks with random weights, and an input for each."""
     torch.manual_seed(0)
     return [(make().eval(), (torch.randn(shape),)) for _, make, shape in networks]

@@ -6,52 +6,29 @@ float32 file (QDQ, per channel, after its own preprocessing). Run it with
 
     python benchmarks/onnxruntime_speed.py --output benchmarks/results/onnxruntime_speed.md
 
-Speeds are medians of the ratios of neighbouring runs. Weights are untrained: they change no time.
 It ends with 1 where our file at 8 bits is more than 3 % slower than that of `quantize_static`.
 """
 
-import argparse
 import io
-import statistics
 import sys
-import tempfile
-import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from onnxruntime import quantization
 from torch import Tensor, nn
 
-from cgmq_fx import export, lower, prepare
+from cgmq_fx.export import export
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+sys.path[:0] = [str(Path(__file__).parent)]  # the modules beside this script
 
 import onnx_runs  # noqa: E402
+import speeds  # noqa: E402
 
-from torchvision_shim import torchvision  # noqa: E402
-
-NETWORKS = ("resnet18", "mobilenet_v2")
-FLOAT, OURS, THEIRS = "float32", "ours, 8 bits", "quantize_static, 8 bits"
-#: Charges for what additions read, so that it is quantized too, as `quantize_static` does.
-ADDITIONS: dict[str, Any] = {
-    "schema": 1,
-    "name": "additions",
-    "unit": "bit",
-    "source": "the bits that additions read",
-    "unpriced": "zero",
-    "row": [
-        {"op": "add", "per": "output_element", "cost": {"formula": "lhs_bits + rhs_bits"}},
-    ],
-}
-#: Ours may take this much longer than theirs: a run's noise.
-TOLERANCE = 1.03
+THEIRS = "quantize_static, 8 bits"
 _CALIBRATION_BATCHES = 2
 
 
@@ -66,17 +43,7 @@ def float_file(model: nn.Module, x: Tensor, folder: Path) -> Path:
 
 def our_file(model: nn.Module, x: Tensor, bits: int, folder: Path) -> Path:
     """Write the file of a network at one bit-width."""
-    prepared = prepare(
-        model,
-        {"bops": "100%", ADDITIONS["name"]: "100%"},
-        example_inputs=(x,),
-        cost_table=["bops", ADDITIONS],
-        widths=(bits,),
-    ).eval()
-    prepared(x)
-    prepared.set_bit_widths([min(site.allowed) for site in prepared.plan.accounting.sites])
-    prepared(x)
-    fixed = lower(prepared, allow_untrained=True)
+    fixed = speeds.fixed_at(model, x, bits)
     return export(fixed, folder / f"ours{bits}.onnx", example_inputs=(x,))
 
 
@@ -108,87 +75,36 @@ def their_file(path: Path, x: Tensor, folder: Path) -> Path:
     return made
 
 
-def runner(path: Path, x: Tensor) -> Callable[[], object]:
-    """Return what runs a file once."""
+def contender(path: Path, x: Tensor) -> speeds.Contender:
+    """Return what runs a file."""
     opened = onnx_runs.session(path)
     given = {opened.get_inputs()[0].name: np.ascontiguousarray(x.numpy())}
-    return lambda: opened.run(None, given)
+    return speeds.Contender(lambda: opened.run(None, given), speeds.size_of(path))
 
 
-def timed(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the times in ms of runs that take turns, the first of them not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(-2, rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def ratio(times: Mapping[str, list[float]], over: str, under: str) -> float:
-    """Return the median of the ratios of neighbouring runs."""
-    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
-
-
-def measure(name: str, batch: int, rounds: int, folder: Path) -> tuple[list[str], float]:
-    """Return the lines of one network and batch, and the time of ours over that of theirs."""
-    torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None).eval()
-    x = torch.randn(batch, 3, 224, 224)
+def contenders(
+    model: nn.Module, x: Tensor, folder: Path
+) -> Mapping[str, Callable[[], speeds.Contender]]:
+    """Return what makes each contender."""
     plain = float_file(model, x, folder)
-    files = {
-        FLOAT: plain,
-        OURS: our_file(model, x, 8, folder),
-        "ours, 4 bits": our_file(model, x, 4, folder),
-        THEIRS: their_file(plain, x, folder),
+    return {
+        speeds.FLOAT: lambda: contender(plain, x),
+        speeds.OURS_8: lambda: contender(our_file(model, x, 8, folder), x),
+        speeds.OURS_4: lambda: contender(our_file(model, x, 4, folder), x),
+        THEIRS: lambda: contender(their_file(plain, x, folder), x),
     }
-    times = timed({kind: runner(path, x) for kind, path in files.items()}, rounds)
-    lines = [
-        f"| {name} | {batch} | {kind} | {statistics.median(times[kind]):.1f} ms | "
-        f"{ratio(times, FLOAT, kind):.2f} | {path.stat().st_size / 2**20:.1f} MiB |"
-        for kind, path in files.items()
-    ]
-    return lines, ratio(times, OURS, THEIRS)
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    lines = [
-        f"onnxruntime {onnxruntime.__version__}, torch {torch.__version__}, one thread; medians of "
-        f"{arguments.rounds} interleaved runs",
-        "",
-        "| network | batch | file | time | times float32 | size |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    beside: dict[str, float] = {}
-    for name in arguments.networks:
-        for batch in arguments.batches:
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                found, share = measure(name, batch, arguments.rounds, Path(folder))
-            print("\n".join(found), flush=True)
-            lines += found
-            beside[f"{name}, batch {batch}"] = share
-    lines += ["", f"Time of {OURS}, over that of {THEIRS}:", ""]
-    lines += [f"- {where}: {share:.3f}" for where, share in beside.items()]
-    print("\n".join(lines[-len(beside) :]))
-    if arguments.output:
-        title = "# Speed of .onnx in ONNX Runtime"
-        command = "`python benchmarks/onnxruntime_speed.py`"
-        arguments.output.write_text(f"{title}\n\n{command}\n\n" + "\n".join(lines) + "\n")
-    slow = [where for where, share in beside.items() if share > TOLERANCE]
-    if slow:
-        sys.exit(f"more than {TOLERANCE - 1:.0%} slower than quantize_static: {', '.join(slow)}")
+QUESTION = speeds.Question(
+    "Speed of .onnx in ONNX Runtime",
+    "onnxruntime_speed.py",
+    ("onnxruntime", "torch"),
+    "size",
+    contenders,
+    ((speeds.OURS_8, THEIRS),),
+    tolerance=1.03,  # a run's noise
+)
 
 
 if __name__ == "__main__":
-    main()
+    speeds.answer(QUESTION)

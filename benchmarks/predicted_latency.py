@@ -3,7 +3,8 @@
     python benchmarks/predicted_latency.py --output benchmarks/results/predicted_latency.md
 
 Makes a table by timing the operations of one list of networks on this machine, prices another list
-with it, measures those, and compares. Ends with 0 where the median error is at most 15 %.
+with it, measures those, and compares. Ends with 0 where the median error is at most 15 %. With
+``--only resnet`` both lists are cut to the networks whose names start so.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from latency_networks import MADE_FROM, OTHERS, built
+from latency_networks import MADE_FROM, OTHERS, Network, built, only
 
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.measure.fixing import fixed_at
@@ -31,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="networks whose names start so")
     parser.add_argument("--table", type=Path, help="write the measured table there, too")
     parser.add_argument("--output", type=Path, help="write the page there, too")
     arguments = parser.parse_args()
@@ -38,11 +40,15 @@ def main() -> int:
     begin = time.monotonic()
     runs = runtime(arguments.runtime)
     plan = TimingPlan(rounds=arguments.rounds)
-    found = measure_table(built(MADE_FROM), runs, plan=plan, log=_log)
+    made_from, others = only(MADE_FROM, arguments.only), only(OTHERS, arguments.only)
+    found = measure_table(built(made_from), runs, plan=plan, log=_log)
     if arguments.table:
         arguments.table.write_text(found.table.to_toml(), encoding="utf-8")
-    rows = compare(found.table, runs, plan)
-    page = _page(found, runs, rows, time.monotonic() - begin)
+    rows = compare(others, found.table, runs, plan)
+    command = f"python benchmarks/predicted_latency.py --runtime {runs.name}"
+    command += f" --only {arguments.only}" if arguments.only else ""
+    counts = f"a table made from {len(made_from)} networks prices {len(others)} others"
+    page = _page(f"`{command}`: {counts}.", found, rows, time.monotonic() - begin)
     print(page)
     if arguments.output:
         arguments.output.write_text(page + "\n", encoding="utf-8")
@@ -52,10 +58,12 @@ def main() -> int:
 Row = tuple[str, str, float, float]
 
 
-def compare(table: CostTable, runs: Runtime, plan: TimingPlan) -> list[Row]:
+def compare(
+    networks: Sequence[Network], table: CostTable, runs: Runtime, plan: TimingPlan
+) -> list[Row]:
     """Return name, bit-widths, predicted and measured ms of each network at each pair of widths."""
     rows: list[Row] = []
-    for (name, _, _), (model, inputs) in zip(OTHERS, built(OTHERS), strict=True):
+    for (name, _, _), (model, inputs) in zip(networks, built(networks), strict=True):
         callables = {
             pair: runs.export(fixed_at(model, inputs, *pair), inputs).whole() for pair in runs.pairs
         }
@@ -80,12 +88,11 @@ def _median_error(rows: Sequence[Row]) -> float:
     return statistics.median(map(_error, rows))
 
 
-def _page(found: Measurement, runs: Runtime, rows: Sequence[Row], seconds: float) -> str:
+def _page(intro: str, found: Measurement, rows: Sequence[Row], seconds: float) -> str:
     lines = [
         "# Predicted and measured latency",
         "",
-        f"`python benchmarks/predicted_latency.py --runtime {runs.name}`: a table made from "
-        f"{len(MADE_FROM)} networks prices {len(OTHERS)} others.",
+        intro,
         "",
         f"- Table: {found.table.source}.",
         f"- {found.operations} operations were timed; {found.outliers[0]} of {found.outliers[1]} "

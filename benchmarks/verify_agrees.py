@@ -2,23 +2,28 @@
 
 Each example draws a model, budgets, cost tables and a bit-width for every quantizer, lowers and
 exports it, and compares: the text and the JSON of `verify` with those of `report`, to the last
-digit, and every tensor of the file with that of the module, bit for bit. Run it with
+digit, and every tensor of the file with that of the module, bit for bit, or what a runtime makes of
+the file with what the module computes. Run it with
 
-    python benchmarks/verify_agrees.py --examples 200 --suffix .pt2
+    python benchmarks/verify_agrees.py --examples 200 --output benchmarks/results/verify_agrees.md
 
-It ends with 1 at the first difference; `--shrink` looks for the smallest model that has it.
+A format ends at its first difference, and the script with 1; `--suffix` names some formats, and
+`--shrink` looks for the smallest model that has the difference.
 """
 
 import argparse
 import sys
 import tempfile
+import time
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -40,6 +45,7 @@ sys.path[:0] = [str(Path(__file__).parent)]  # the modules beside this script
 
 import executorch_runs  # noqa: E402
 import onnx_runs  # noqa: E402
+import pages  # noqa: E402
 
 # Copies of codes beside a float tensor may take more than the float network: no share bounds them.
 _ALL = {"bops": "100%", "weight_memory": "100%", "peak_activation_memory": "1 GiB"}
@@ -195,32 +201,91 @@ CONTENT: Mapping[str, Callable[[Path, LoweredModule, Sequence[Any]], None]] = {
 }
 
 
-def run(examples: int, suffix: str = ".safetensors", *, shrink: bool = False) -> None:
-    """Check as many models; raise at the first difference."""
+#: What the content of a file is compared with.
+COMPARED: Mapping[str, str] = {
+    ".safetensors": "every tensor, bit for bit",
+    ".pt2": "outputs in PyTorch",
+    ".onnx": "outputs in ONNX Runtime",
+    ".qonnx.onnx": "outputs in qonnx's executor",
+    ".pte": "outputs in ExecuTorch",
+}
+
+
+def run(
+    examples: int, suffix: str = ".safetensors", *, start: int = 0, shrink: bool = False
+) -> Counter[str]:
+    """Check as many models; raise at the first difference.
+
+    Args:
+        examples: how many are compared; models that an exporter refuses do not count.
+        suffix: of the files.
+        start: what the drawing starts from.
+        shrink: look for the smallest model with the difference.
+
+    Returns:
+        How many models were ``compared`` and how many ``refused``.
+    """
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+    counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
 
+        @seed(start)
         @settings(
             max_examples=examples, deadline=None, database=None, print_blob=True, phases=phases,
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(models(), st.data())
         def every(drawn: Case, data: st.DataObject) -> None:
+            counts["refused"] += 1
             check(drawn, data, Path(folder), suffix)
+            counts.update(refused=-1, compared=1)
 
         every()
+    return counts
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--examples", type=int, default=200)
-    parser.add_argument("--suffix", choices=list(CONTENT), default=".safetensors")
+    parser.add_argument("--suffix", nargs="+", choices=list(CONTENT), default=list(CONTENT))
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shrink", action="store_true", help="shrink a failing model")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(arguments.examples, arguments.suffix, shrink=arguments.shrink)
-    print(f"{arguments.examples} models: verify and report agree to the last digit")
+    rows, failed = [], []
+    for suffix in arguments.suffix:
+        begin = time.process_time()
+        try:
+            counts = run(arguments.examples, suffix, start=arguments.seed, shrink=arguments.shrink)
+            outcome = (counts["compared"], counts["refused"])
+        except Exception:
+            traceback.print_exc()
+            failed.append(suffix)
+            outcome = ("a difference", "")
+        seconds = time.process_time() - begin
+        rows.append((f"`{suffix}`", *outcome, COMPARED[suffix], f"{seconds:.0f} s"))
+        print(*rows[-1], flush=True)
+    if arguments.output:
+        columns = (
+            "file",
+            "models compared",
+            "refused by the exporter",
+            "content",
+            "processor time",
+        )
+        packages = ("torch", "onnxruntime", "qonnx", "executorch", "hypothesis")
+        lines = [
+            f"{pages.versions(*packages)}; seed {arguments.seed}. The text and the JSON of "
+            "`verify` are those of `report`, to the last digit.",
+            "",
+            *pages.table(columns, rows),
+        ]
+        command = f"python benchmarks/verify_agrees.py --examples {arguments.examples}"
+        pages.write(arguments.output, "What a file alone says, beside the report", command, lines)
+    if failed:
+        sys.exit(f"verify and report, or file and module, differ: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

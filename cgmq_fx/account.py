@@ -154,6 +154,8 @@ class _Accountant:
             if operation.attributes["part"] == "qk":
                 return query, key
             return self._source(node), value
+        if operation.operands == "activation":
+            return (read[0],)
         if len(read) == 1:  # a look-up reads a weight and an index
             return read[0], BitSource(bits=FLOAT_BITS)
         return tuple(read)

@@ -9,7 +9,7 @@ from cgmq_fx.accounting import Accounting
 from cgmq_fx.choices import Choices
 from cgmq_fx.cost.attributes import bit_variables
 from cgmq_fx.cost.grid import Grid, GridEntry
-from cgmq_fx.cost.operation import BoundOperation
+from cgmq_fx.cost.operation import BoundOperation, as_pair
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.cost.totals import SumResource
@@ -300,8 +300,8 @@ def binding_entry(row: Row, bound: BoundOperation, bits: Sequence[int]) -> GridE
     """Return the pair of the row's grid that prices an operation where the sites have `bits`."""
     if row.grid is None or not bound.sources:
         return None
-    first, second = (bits[s.site] if s.site is not None else s.bits or 0 for s in bound.sources)
-    widths = bit_variables(bound.operation.operands, (first, second))
+    own = [bits[s.site] if s.site is not None else s.bits or 0 for s in bound.sources]
+    widths = bit_variables(bound.operation.operands, as_pair(own))
     return row.grid.entry(*(widths[f"{axis}_bits"] for axis in row.grid.axes))
 
 

@@ -35,6 +35,10 @@ BY_NAME = {carrier.name: carrier for carrier in CARRIERS}
 ACTIVATION_BITS = 8
 
 
+#: What codes are raised by where a type without signs carries signed ones of up to 8 bits.
+RAISED = 128
+
+
 def carrier_of(bits: int, *, signed: bool, least: int = 4) -> Carrier:
     """Return the narrowest type of at least `least` bits that holds codes of `bits` bits."""
     return next(

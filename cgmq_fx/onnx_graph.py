@@ -108,6 +108,13 @@ class OnnxGraph:
             elif node.op_type in _MOVES:
                 yield from self.partners_of(node.output[0], op_types)
 
+    def num_readers(self, name: str) -> int:
+        """Return how many operations read a value, as it is or after it was rearranged."""
+        return sum(
+            self.num_readers(node.output[0]) if node.op_type in _MOVES else 1
+            for node in self.readers.get(name, ())
+        )
+
     def source_of(self, name: str) -> str:
         """Return the value that one is before it was rearranged."""
         maker = self.makers.get(name)

@@ -98,13 +98,18 @@ class GridReader(ABC):
         numbers = []
         for grid in self.manifest.grids:
             scale = self._array(grid.name + SCALE)
-            has_zero = grid.name + ZERO_POINT in self.file.tensors
-            zero_point = self._array(grid.name + ZERO_POINT) if has_zero else np.zeros((), np.int8)
+            zero_point = self._zero_point_of(grid)
             if scale is None or zero_point is None or not _is_positive(scale):
                 yield f"{grid.name!r} has no scale, no zero_point, or a scale that is not positive"
             else:
                 numbers.append((grid, scale, zero_point))
         yield from fill_pools(numbers, self.tensors)
+
+    def _zero_point_of(self, grid: StoredGrid) -> Array | None:
+        """Return the zero_point of a grid, 0 where the file has none; None where it is no array."""
+        if grid.name + ZERO_POINT not in self.file.tensors:
+            return np.zeros((), np.int8)
+        return self._array(grid.name + ZERO_POINT)
 
     def state_faults(self) -> Iterator[str]:
         """Take the other tensors; yield those that the manifest does not know."""

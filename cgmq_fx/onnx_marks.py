@@ -55,6 +55,10 @@ class MarkWriter(ABC):
         name = self._makers.get(value)
         return None if name is None else self.marks.frozen.get(name)
 
+    def marked_by(self, node: Any) -> FrozenModule | None:
+        """Return what a node marks; None where it is no mark, or that of a float parameter."""
+        return self.marks.frozen.get(self._name(node)) if node.domain == MARK_DOMAIN else None
+
     def outputs_of(self, name: str) -> Sequence[str]:
         """Return the values that stand on a grid, as the model calls them."""
         return self._outputs[name]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from cgmq_fx.errors import UnsupportedModelError
 from cgmq_fx.frozen import FrozenQuantizer, FrozenWeight
-from cgmq_fx.onnx_carriers import ACTIVATION_BITS, Carrier, carrier_of
+from cgmq_fx.onnx_carriers import ACTIVATION_BITS, BY_NAME, RAISED, Carrier, carrier_of
+from cgmq_fx.onnx_clips import drop_clips
 from cgmq_fx.onnx_float_products import keep_float_products
 from cgmq_fx.onnx_grids import SCALE, ZERO_POINT
 from cgmq_fx.onnx_marks import MarkWriter
@@ -27,6 +28,7 @@ class QdqWriter(MarkWriter):
 
     def run(self) -> None:
         """Replace all marks, and shape what ONNX Runtime fuses; see `MarkWriter.run`."""
+        drop_clips(self.graph, self.marked_by)
         super().run()
         keep_float_products(self.graph)
         split_bias(self.graph)
@@ -36,16 +38,14 @@ class QdqWriter(MarkWriter):
         products = (self.graph.reaches(value, _PRODUCTS) for value in self.outputs_of(name))
         least = 8 if any(products) else 4
         carrier = carrier_of(module.bit_width, signed=module.quant_min < 0, least=least)
-        self.graph.add_integers(name + CODES, module.codes.numpy(), carrier.name)
         scale, zero_point = module.scale, module.zero_point
         axis = module.channel_axis
-        if self._multiplies_floats(name):
-            return list(self._broadcast(name, output, module))
-        if scale.numel() == 1 and (zero_point is None or zero_point.numel() == 1):
-            scale = scale.reshape(())
-            return [self._dequantize(name, output, scale, zero_point, carrier, {})]
-        if axis is not None and _runs_along(zero_point, module.shape, axis):
-            return [self._dequantize(name, output, scale, zero_point, carrier, {"axis": axis})]
+        if not self._multiplies_floats(name):
+            if scale.numel() == 1 and (zero_point is None or zero_point.numel() == 1):
+                return [self._dequantize(name, output, module, carrier, {})]
+            if axis is not None and _runs_along(zero_point, module.shape, axis):
+                return [self._dequantize(name, output, module, carrier, {"axis": axis})]
+        self.graph.add_integers(name + CODES, module.codes.numpy(), carrier.name)
         return list(self._broadcast(name, output, module))
 
     def _multiplies_floats(self, name: str) -> bool:
@@ -70,18 +70,31 @@ class QdqWriter(MarkWriter):
         self,
         name: str,
         output: str,
-        scale: Tensor,
-        zero_point: Tensor | None,
+        module: FrozenWeight,
         carrier: Carrier,
         axis: Mapping[str, int],
     ) -> Any:
+        codes, raised = module.codes.to(torch.int32), 0
+        if carrier == BY_NAME["INT8"] and self._readers_of(name) > 1:
+            carrier, raised = BY_NAME["UINT8"], RAISED
+        scale = module.scale if axis else module.scale.reshape(())
         # ONNX Runtime has an integer Gemm for weights whose zero_point is written down, 0 or not.
-        points = torch.zeros(()) if zero_point is None else zero_point
+        points = torch.zeros(()) if module.zero_point is None else module.zero_point
         points = points.reshape(-1).expand(scale.numel()).reshape(scale.shape)
-        self.graph.add_integers(name + ZERO_POINT, points.numpy(), carrier.name)
+        self.graph.add_integers(name + CODES, (codes + raised).numpy(), carrier.name)
+        self.graph.add_integers(name + ZERO_POINT, (points + raised).numpy(), carrier.name)
         self.graph.add_array(name + SCALE, scale.numpy())
         names = [name + CODES, name + SCALE, name + ZERO_POINT]
         return self.graph.node("DequantizeLinear", names, output, axis)
+
+    def _readers_of(self, name: str) -> int:
+        """Return how many operations read a weight.
+
+        ONNX Runtime gives each a DequantizeLinear of its own. Where it makes their codes UINT8, as
+        `session.x64quantprecision` asks, it then fails to load the model: the second copy would
+        have the name of the first. So codes that several read are written as UINT8.
+        """
+        return sum(self.graph.num_readers(value) for value in self.outputs_of(name))
 
     def _broadcast(self, name: str, output: str, module: FrozenWeight) -> Iterator[Any]:
         """Yield nodes that multiply with the scale apart from DequantizeLinear.

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from cgmq_fx.manifest import StoredGrid, StoredWeight
-from cgmq_fx.onnx_carriers import ACTIVATION_BITS, BY_NAME
+from cgmq_fx.onnx_carriers import ACTIVATION_BITS, BY_NAME, RAISED
 from cgmq_fx.onnx_grids import SCALE, ZERO_POINT, GridReader
 from cgmq_fx.onnx_reader import OnnxNode, numbers_of
 from cgmq_fx.packed_file import CODES
+from cgmq_fx.pools import Array
 
 QUANTIZE, DEQUANTIZE, CLIP = "QuantizeLinear", "DequantizeLinear", "Clip"
 ONE, LOW, HIGH = ".one", ".low", ".high"
@@ -57,13 +58,14 @@ class QdqReader(GridReader):
             found = "no codes" if held is None else f"codes {held.dtype} {list(held.shape)}"
             yield f"{weight.name!r} of shape {list(weight.shape)} has {found} in the graph"
             return
-        if carrier.signed != weight.signed or carrier.bits < weight.bits:
+        is_raised = weight.signed and carrier.name == "UINT8"
+        if (carrier.signed != weight.signed and not is_raised) or carrier.bits < weight.bits:
             yield f"{weight.name!r} has {weight.bits} bits, and codes of the type {carrier.name}"
             return
         self.carriers[weight.name] = carrier.name
         codes = numbers_of(held)
         assert codes is not None
-        yield from self._keep_codes(weight, codes)
+        yield from self._keep_codes(weight, lowered_by(RAISED, codes) if is_raised else codes)
         yield from self._reading_faults(weight, name, DEQUANTIZE)
         for node in self.readers.get(name, ()):
             yield from self._value_faults(weight, node)
@@ -92,6 +94,14 @@ class QdqReader(GridReader):
         is_own = axis is None or node.integers.get("axis", _DEFAULT_AXIS) % rank == axis % rank
         if node.inputs[1:] != wanted or not is_own:
             yield f"{node.name!r} reads {weight.name!r} on another grid"
+
+    def _zero_point_of(self, grid: StoredGrid) -> Array | None:
+        """Return the zero_point of the codes as the manifest has them."""
+        found = super()._zero_point_of(grid)
+        is_raised = isinstance(grid, StoredWeight) and grid.signed
+        if found is None or not is_raised or self.carriers.get(grid.name) != "UINT8":
+            return found
+        return lowered_by(RAISED, found)
 
     # -- activations -----------------------------------------------------------------------------
 
@@ -146,3 +156,8 @@ class QdqReader(GridReader):
                 f"the manifest gives {grid.name!r} {grid.bits} bits, and {clip.name!r} clips to "
                 f"{numbers}, not to {[float(end) for end in ends]}"
             )
+
+
+def lowered_by(amount: int, numbers: Array) -> Array:
+    """Return integers of up to 16 bits, as much smaller."""
+    return numbers.astype(np.int32) - amount

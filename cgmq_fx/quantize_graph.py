@@ -78,6 +78,9 @@ def _wanted(settings: Settings) -> Wanted:
     return Wanted(
         frozenset(op for table in bounding for row in table.rows for op in row.op),
         _WEIGHT_OPS if WEIGHT_MEMORY in settings.limits else frozenset(),
+        frozenset(
+            op for table in bounding for row in table.rows if row.depends_on_bits for op in row.op
+        ),
         # Activations that memory holds as codes must be read through quantizers by every operation.
         frozenset(OP_CLASSES if PEAK_ACTIVATION_MEMORY in settings.limits else ()),
     )

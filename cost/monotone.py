@@ -37,16 +37,23 @@ def _neighbours(
             yield (lower, second), (upper, second)
 
 
-def falling_text(axes: tuple[str, str], costs: Costs) -> str | None:
-    """Return a sentence on the first pair where the cost falls, or None."""
+def falling_text(axes: Sequence[str], costs: Costs) -> str | None:
+    """Return a sentence on the first pair where the cost falls, or None.
+
+    Args:
+        axes: what the widths are of; one where the second is of nothing.
+        costs: by two widths.
+    """
     pair = falling_pair(costs)
     if pair is None:
         return None
-    (first, second), (wider, higher) = pair
+    narrow, wide = (
+        ", ".join(f"{axis} {bits}" for axis, bits in zip(axes, widths, strict=False))
+        for widths in pair
+    )
     return (
-        f"the cost falls when bits rise: {axes[0]} {first}, {axes[1]} {second} costs "
-        f"{float(costs[pair[0]]):g}, but {axes[0]} {wider}, {axes[1]} {higher} costs "
-        f"{float(costs[pair[1]]):g}"
+        f"the cost falls when bits rise: {narrow} costs {float(costs[pair[0]]):g}, "
+        f"but {wide} costs {float(costs[pair[1]]):g}"
     )
 
 

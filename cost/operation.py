@@ -1,6 +1,6 @@
 """What a cost table sees of one operation: integers and names, nothing of torch.fx."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -8,13 +8,15 @@ from typing import Literal
 Attribute = int | bool | str
 
 #: Which bit-widths an operation has. ``weight``: ``weight_bits`` and ``activation_bits``;
-#: ``pair`` (two activations): ``lhs_bits`` and ``rhs_bits``; ``none``: no quantizable operand.
-Operands = Literal["weight", "pair", "none"]
+#: ``pair`` (two activations): ``lhs_bits`` and ``rhs_bits``; ``activation`` (one activation that
+#: stands on a grid): ``activation_bits``; ``none``: no quantizable operand.
+Operands = Literal["weight", "pair", "activation", "none"]
 
 OPERAND_NAMES: Mapping[Operands, tuple[str, ...]] = MappingProxyType(
     {
         "weight": ("weight_bits", "activation_bits"),
         "pair": ("lhs_bits", "rhs_bits"),
+        "activation": ("activation_bits",),
         "none": (),
     }
 )
@@ -60,6 +62,9 @@ OP_CLASSES: tuple[str, ...] = (
     "other",
 )
 
+#: Operation classes whose one operand, an activation, is quantized where a table prices it by bits.
+AVERAGING_CLASSES: frozenset[str] = frozenset({"avg_pool", "reduce"})
+
 #: Operation classes whose two operands are both activations.
 PAIR_CLASSES: frozenset[str] = frozenset({"matmul", "attention", "add", "sub", "mul", "div", "cat"})
 
@@ -104,10 +109,19 @@ class BitSource:
 
 @dataclass(frozen=True, slots=True)
 class BoundOperation:
-    """An operation and the sources of its two bit-widths, in the order of `OPERAND_NAMES`.
+    """An operation and the sources of its bit-widths, in the order of `OPERAND_NAMES`.
 
     An operation without quantizable operands has no sources and runs at the table's reference.
     """
 
     operation: Operation
     sources: tuple[BitSource, ...]
+
+
+def as_pair(bits: Sequence[int]) -> tuple[int, int]:
+    """Return two bit-widths for those of an operation; one operand alone gives both.
+
+    >>> as_pair((4, 8)), as_pair((8,))
+    ((4, 8), (8, 8))
+    """
+    return bits[0], bits[-1]

@@ -13,6 +13,7 @@ from cgmq_fx.cost.operation import (
     BitSource,
     BoundOperation,
     Operation,
+    as_pair,
 )
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table import CostTable, supported_bits, unsupported
@@ -94,7 +95,7 @@ def price_operations(
 def _term(bound: BoundOperation, row: Row | None, units: _Units, scale: int) -> Term:
     """Return the costs of an operation in 1 / `scale` of the table's unit."""
     can_choose = row is not None and bound.sources
-    sites = [source.site for source in bound.sources] if can_choose else [None, None]
+    sites = [source.site for source in bound.sources] if can_choose else []
     work = row.work(bound.operation) if row is not None else 0
     scaled = tuple(
         tuple(
@@ -103,8 +104,9 @@ def _term(bound: BoundOperation, row: Row | None, units: _Units, scale: int) -> 
         )
         for line in units
     )
+    first, second = (*sites, None, None)[:2]
     is_divisible = row is None or row.per in _DIVISIBLE
-    return Term(bound.operation.name, (sites[0], sites[1]), scaled, is_divisible)
+    return Term(bound.operation.name, (first, second), scaled, is_divisible)
 
 
 def _widths_of(source: BitSource, widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -135,7 +137,10 @@ class _Pricer:
             return _FREE
         if not bound.sources:
             return ((self.table.reference_unit_cost(row, operation),),)
-        firsts, seconds = (_widths_of(source, self.widths) for source in bound.sources)
+        first, *others = (_widths_of(source, self.widths) for source in bound.sources)
+        if not others:
+            return self._units_of_one(row, operation, first)
+        firsts, seconds = first, others[0]
         key = (id(row), operation.operands, firsts, seconds)
         if row.depends_on_bits_only and key in self.known:
             return self.known[key]
@@ -147,6 +152,12 @@ class _Pricer:
             self.known[key] = units
         else:
             self._warn_if_falling(row, operation, firsts, seconds, units)
+        return units
+
+    def _units_of_one(self, row: Row, operation: Operation, widths: tuple[int, ...]) -> _Units:
+        """Return the costs by the width of the one operand that an operation has."""
+        units = tuple((row.unit_cost(operation, as_pair((width,))),) for width in widths)
+        self._warn_if_falling(row, operation, widths, (0,), units)
         return units
 
     def _warn_if_falling(
@@ -164,7 +175,7 @@ class _Pricer:
             if cost is not None
         }
         names = OPERAND_NAMES[operation.operands]
-        axes = names[0].removesuffix("_bits"), names[1].removesuffix("_bits")
+        axes = tuple(name.removesuffix("_bits") for name in names)
         text = falling_text(axes, costs) if id(row) not in self.warned else None
         if text is None:
             return
@@ -224,15 +235,17 @@ def _refuse_unsupported(
         if row is None or row.grid is None or not bound.sources:
             continue
         first, second = (
-            range(1) if source.site is None else supported[source.site] for source in bound.sources
-        )
+            *(
+                range(1) if source.site is None else supported[source.site]
+                for source in bound.sources
+            ),
+            range(1),
+        )[:2]
         missing = [(i, j) for i in first for j in second if cost[i][j] is None]
         if missing:
             i, j = missing[0]
-            bits = (
-                _widths_of(bound.sources[0], widths)[i],
-                _widths_of(bound.sources[1], widths)[j],
-            )
+            at = zip(bound.sources, (i, j), strict=False)
+            bits = as_pair([_widths_of(source, widths)[place] for source, place in at])
             faults.append(unsupported(table, row, bound.operation, bits))
     if faults:
         raise CostTableError("; ".join(faults))

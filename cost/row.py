@@ -161,6 +161,13 @@ class Row:
         return entry.error if entry is not None and entry.error is not None else self.error
 
     @property
+    def depends_on_bits(self) -> bool:
+        """Tell whether what it costs may depend on the widths of operands."""
+        if isinstance(self.cost, Expression):
+            return bool(self.cost.variables & ALL_BITS)
+        return not isinstance(self.cost, Fraction)
+
+    @property
     def depends_on_bits_only(self) -> bool:
         """Tell whether one piece of work costs the same for every operation at the same widths."""
         if isinstance(self.cost, ComputedCost):

@@ -12,7 +12,7 @@ from cgmq_fx.cost.computed_cost import ComputedCost
 from cgmq_fx.cost.content import row_content
 from cgmq_fx.cost.faults import Faults
 from cgmq_fx.cost.monotone import CostTableWarning, row_falls
-from cgmq_fx.cost.operation import OPERAND_NAMES, Operation
+from cgmq_fx.cost.operation import OPERAND_NAMES, Operation, as_pair
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table_fields import (
     DEFAULT_REFERENCE,
@@ -110,7 +110,7 @@ class CostTable:
 
     def reference_bits(self, operation: Operation) -> tuple[int, int]:
         """Return the two bit-widths at which `operation` costs 100 %."""
-        if operation.operands == "pair":
+        if operation.operands in ("pair", "activation"):
             return self.reference.activation, self.reference.activation
         return self.reference.weight, self.reference.activation
 
@@ -119,8 +119,8 @@ class CostTable:
 
         Args:
             operation: what is priced.
-            bits: its two bit-widths, in the order of ``OPERAND_NAMES``; none for an operation
-                without quantizable operands, which runs at the reference.
+            bits: its bit-widths, in the order of ``OPERAND_NAMES``; none for an operation without
+                quantizable operands, which runs at the reference.
 
         Raises:
             CostTableError: no row prices it though it has MACs, or the hardware does not have the
@@ -136,9 +136,9 @@ class CostTable:
         row = self._required_row(operation)
         if row is None:
             return Fraction(0)
-        cost = row.unit_cost(operation, (bits[0], bits[1]))
+        cost = row.unit_cost(operation, as_pair(bits))
         if cost is None:
-            raise CostTableError(unsupported(self, row, operation, (bits[0], bits[1])))
+            raise CostTableError(unsupported(self, row, operation, as_pair(bits)))
         return cost * row.work(operation)
 
     def reference_cost(self, operation: Operation) -> Fraction:
@@ -256,6 +256,9 @@ def supported_bits(row: Row | None, operation: Operation) -> tuple[frozenset[int
     names = OPERAND_NAMES[operation.operands]
     if row is None or row.grid is None:
         return (None,) * len(names)
+    if operation.operands == "activation":
+        listed = row.grid.widths(1 if "activation" in row.grid.axes else 0)
+        return (frozenset(bits for bits in listed if row.grid.entry(bits, bits)),)
     by_axis = {axis: row.grid.widths(index) for index, axis in enumerate(row.grid.axes)}
     by_axis.setdefault("weight", by_axis.get("rhs", frozenset()))
     by_axis.setdefault("activation", by_axis.get("lhs", frozenset()))
@@ -268,9 +271,10 @@ def unsupported(table: CostTable, row: Row, operation: Operation, bits: tuple[in
     """Return the message for a pair of bit-widths that the grid of `row` does not contain."""
     assert row.grid is not None
     names = OPERAND_NAMES[operation.operands] or ("weight_bits", "activation_bits")
+    asked = ", ".join(f"{name} = {width}" for name, width in zip(names, bits, strict=False))
     pairs = ", ".join(f"({entry.first}, {entry.second})" for entry in row.grid.entries)
     return (
         f"cost table {table.name!r}: operation {operation.name!r} ({operation.op}) at "
-        f"{names[0]} = {bits[0]}, {names[1]} = {bits[1]} fits into no pair of {row}, which lists "
+        f"{asked} fits into no pair of {row}, which lists "
         f"({', '.join(row.grid.axes)}) = {pairs}; add a wide enough pair, or quantize its operands"
     )

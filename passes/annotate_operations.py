@@ -6,7 +6,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import fx
 
-from cgmq_fx.cost.operation import Operands
+from cgmq_fx.cost.operation import AVERAGING_CLASSES, Operands
 from cgmq_fx.passes.base import GraphPass
 from cgmq_fx.passes.deployed import shared_writes
 from cgmq_fx.passes.meta import IS_CONSTANT, KEPT_CLOSED, OP_INFO, MetaKey, OperandRef, OpInfo
@@ -99,7 +99,18 @@ def _op_info(gm: fx.GraphModule, node: fx.Node) -> OpInfo:
     operands, refs, reason = _operands(node, op)
     if op == "rnn":
         reason = why_closed(gm, node) or reason
+    if op in AVERAGING_CLASSES and len(refs) == 1 and _is_rounded(gm, operand_of(node, refs[0])):
+        operands = "activation"
     return OpInfo(op, target, operands, refs, reason)
+
+
+def _is_rounded(gm: fx.GraphModule, tensor: Any) -> bool:
+    """Tell whether a quantizer makes `tensor`."""
+    return (
+        isinstance(tensor, fx.Node)
+        and tensor.op == "call_module"
+        and isinstance(gm.get_submodule(str(tensor.target)), Quantizer)
+    )
 
 
 def _operands(node: fx.Node, op: str) -> tuple[Operands, tuple[OperandRef, ...], str]:

@@ -82,7 +82,7 @@ def _activations(node: fx.Node, info: OpInfo) -> list[TensorInfo | None]:
 def _macs(
     node: fx.Node, info: OpInfo, shapes: list[TensorInfo | None], output: TensorInfo
 ) -> tuple[int, Mapping[str, Attribute]]:
-    if info.operands == "none" or None in shapes:
+    if info.operands in ("none", "activation") or None in shapes:
         return COUNTED_MACS.get(node), MappingProxyType({})
     operands = [shape for shape in shapes if shape is not None]
     if info.op.startswith("conv"):

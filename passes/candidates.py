@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import fx
 
+from cgmq_fx.cost.operation import AVERAGING_CLASSES
 from cgmq_fx.passes.annotate_operations import operand_of
 from cgmq_fx.passes.deployed import deployed_nodes
 from cgmq_fx.passes.meta import OP_INFO, VALUE, OperandRef, TensorInfo
@@ -30,6 +31,7 @@ class Wanted:
     Attributes:
         ops: operation classes, or FX targets in full, all of whose operands are.
         weight_ops: those of which only weights are.
+        averaged_ops: those of `AVERAGING_CLASSES`, which read one activation, of which that is.
         stored_ops: those of which only activations are, so that memory holds them as codes. An
             operation that computes in place or just picks elements, and alone reads its operand, is
             left as it is: the operand is stored as codes of the result's quantizer.
@@ -37,6 +39,7 @@ class Wanted:
 
     ops: frozenset[str]
     weight_ops: frozenset[str] = frozenset()
+    averaged_ops: frozenset[str] = frozenset()
     stored_ops: frozenset[str] = frozenset()
 
 
@@ -121,6 +124,8 @@ def _is_wanted(read: Read, wanted: Wanted, deployed: frozenset[fx.Node]) -> bool
     names = {info.op, info.target}
     if info.operands != "none" and names & wanted.ops:
         return True
+    if info.op in AVERAGING_CLASSES and names & wanted.averaged_ops:
+        return not read.ref.is_weight
     if read.ref.is_weight:
         return info.operands != "none" and bool(names & wanted.weight_ops)
     return bool(names & wanted.stored_ops) and not _follows(read.node, read.ref, deployed)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, final
@@ -75,7 +76,36 @@ def _replace(node: fx.Node, record: Callable[[Recorder], Any]) -> bool:
         opened = opened.prev
         if opened.next.op == "get_attr" and not opened.next.users:
             graph.erase_node(opened.next)
+    if replaced.target is make_tuple:
+        _pick(replaced, before)
     return True
+
+
+def _pick(made: fx.Node, before: fx.Node) -> None:
+    """Let what takes single results out of `made` read them, and erase those that nothing reads.
+
+    A result that only stands in a tuple, such as attention weights that nobody asks for, would be
+    quantized and priced, and exporters would leave it out. What was recorded stands behind
+    `before`.
+    """
+    for user in list(made.users):
+        index = user.args[1] if user.target is operator.getitem else None
+        item = made.args[index] if isinstance(index, int) else None
+        if isinstance(item, fx.Node):
+            user.replace_all_uses_with(item)
+            made.graph.erase_node(user)
+    unread = [] if made.users else [made]
+    while unread:
+        node = unread.pop()
+        if not (node.users or node._erased or node <= before or _does_more(node)):
+            unread.extend(node.all_input_nodes)
+            made.graph.erase_node(node)
+
+
+def _does_more(node: fx.Node) -> bool:
+    """Tell whether a call that torch's own layers make does more than return something."""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    return node.is_impure() or node.op == "call_module" or target.endswith("_")
 
 
 def _is_open(gm: fx.GraphModule, module: nn.Module, node: fx.Node) -> bool:

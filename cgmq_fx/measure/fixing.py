@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cgmq_fx.accounting import Accounting
+from cgmq_fx.cost.operation import AVERAGING_CLASSES
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.lower import lower
@@ -28,6 +29,7 @@ _TABLE = CostTable(
     rows=(
         Row(op=WEIGHT_CLASSES, per="mac", cost={"formula": "weight_bits * activation_bits"}),  # type: ignore[arg-type]
         Row(op=PAIR_CLASSES, per="output_element", cost={"formula": "lhs_bits * rhs_bits"}),  # type: ignore[arg-type]
+        Row(op=tuple(AVERAGING_CLASSES), per="input_element", cost={"formula": "activation_bits"}),  # type: ignore[arg-type]
         Row(op=("matmul", "attention", "bilinear", "rnn", "opaque"), per="mac", cost=1024),  # type: ignore[arg-type]
     ),
     unpriced="zero",

@@ -21,6 +21,8 @@ TIMED_CLASSES = frozenset(
     | {f"conv_transpose{n}d" for n in (1, 2, 3)}
     | {"linear", "add", "mul", "cat", "max_pool", "avg_pool", "activation", "reduce"}
 )
+#: Kinds of operations of one class that only their function tells apart, such as a mean and a sum.
+TOLD_BY_TARGET = ("activation", "none")
 #: Attributes on which the time does not depend.
 _IGNORED = ("bias", "spatial_dims", "kernel_size")
 
@@ -92,7 +94,7 @@ def identity(operation: Operation) -> tuple[Any, ...]:
     """Return what two operations of equal cost have in common: class, attributes and shapes."""
     return (
         operation.op,
-        operation.target if operation.operands == "none" else "",
+        operation.target if operation.operands in TOLD_BY_TARGET else "",
         *sorted(telling_attributes(operation).items()),
         operation.macs,
         operation.output_elements,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cgmq_fx.accounting import Accounting
-from cgmq_fx.cost.operation import BoundOperation
+from cgmq_fx.cost.operation import BoundOperation, as_pair
 from cgmq_fx.cost.row import Row
 from cgmq_fx.cost.table import CostTable
 from cgmq_fx.measure.fixing import prepared_for_timing, uniform_bits
@@ -53,13 +53,8 @@ def uncertainty(accounting: Accounting, table: CostTable, bits: Sequence[int]) -
 
 def _error(bound: BoundOperation, row: Row, bits: Sequence[int]) -> Fraction:
     if row.grid is not None and bound.sources:
-        first, second = (
-            bits[source.site] if source.site is not None else source.bits
-            for source in bound.sources
-        )
-        assert first is not None
-        assert second is not None
-        entry = row.grid_entry(bound.operation, (first, second))
+        own = [bits[s.site] if s.site is not None else s.bits or 0 for s in bound.sources]
+        entry = row.grid_entry(bound.operation, as_pair(own))
         if entry is not None and entry.error is not None:
             return entry.error
     return row.error or Fraction(0)

@@ -9,7 +9,7 @@ from typing import Any
 from cgmq_fx.cost.operation import Attribute, Operation
 from cgmq_fx.cost.row import Row
 from cgmq_fx.measure.fit import Fitted, fit
-from cgmq_fx.measure.operations import telling_attributes
+from cgmq_fx.measure.operations import TOLD_BY_TARGET, telling_attributes
 
 #: Bit-widths of two operands.
 Pair = tuple[int, int]
@@ -52,7 +52,7 @@ def rows_of(measured: Sequence[Measured], trust: float = 0.0) -> list[Row]:
 def where_this(operation: Operation) -> str:
     """Return the condition that an operation and those of its shape meet."""
     conditions = [_equals(name, value) for name, value in telling_attributes(operation).items()]
-    if operation.operands == "none":
+    if operation.operands in TOLD_BY_TARGET:
         conditions.append(_equals("target", operation.target))
     sizes = ("macs", "output_elements", "input_elements")
     conditions += [_equals(name, getattr(operation, name)) for name in sizes]
@@ -75,18 +75,26 @@ def _exact_row(where: str, found: Sequence[Measured], trust: float) -> Row:
     first, second = _axes(operation)
     content["grid"] = [
         {
-            first: item.pair[0],
+            first: item.pair[-1 if operation.operands == "activation" else 0],
             second: item.pair[1],
             "cost": _rounded(item.cost),
             "error": _rounded(max(trust, item.error)),
         }
-        for item in found
+        for item in _of_own_widths(operation, found)
     ]
     return Row(**content)
 
 
+def _of_own_widths(operation: Operation, found: Sequence[Measured]) -> Sequence[Measured]:
+    """Return what differs in the operation's own widths: of one activation, the dearest of each."""
+    if operation.operands != "activation":
+        return found
+    rising = sorted(found, key=lambda item: item.cost)
+    return list({item.pair[1]: item for item in rising}.values())
+
+
 def _axes(operation: Operation) -> tuple[str, str]:
-    return ("weight", "activation") if operation.operands == "weight" else ("lhs", "rhs")
+    return ("lhs", "rhs") if operation.operands == "pair" else ("weight", "activation")
 
 
 def _rounded(number: float) -> Fraction:
@@ -105,7 +113,7 @@ def _fitted_rows(measured: Sequence[Measured], trust: float) -> list[Row]:
 
 def kind_of(operation: Operation) -> str:
     """Return the condition of the operations that one formula prices together."""
-    if operation.operands == "none":
+    if operation.operands in TOLD_BY_TARGET:
         return _equals("target", operation.target)
     if operation.op.startswith("conv"):
         if operation.attributes["groups"] != 1:
@@ -148,6 +156,8 @@ def _formula(operation: Operation, fits: Mapping[Pair, Fitted]) -> str:
         return f"max({', '.join(dict.fromkeys(integer + wide))})" if fits else "0"
     if not integer or not wide:
         return (integer or wide)[-1]
-    bits = ", ".join(f"{axis}_bits" for axis in _axes(operation))
-    switch = f"min(1, max({bits}) // {INTEGER_BITS + 1})"  # 0 where integers hold both, else 1
+    axes = _axes(operation)[1:] if operation.operands == "activation" else _axes(operation)
+    widest = ", ".join(f"{axis}_bits" for axis in axes)
+    widest = f"max({widest})" if len(axes) > 1 else widest
+    switch = f"min(1, {widest} // {INTEGER_BITS + 1})"  # 0 where integers hold both, else 1
     return f"({integer[-1]}) * (1 - {switch}) + ({wide[-1]}) * {switch}"

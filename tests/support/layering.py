@@ -147,6 +147,7 @@ GROUP_OF = {
     "cgmq_fx.qonnx_grids": "workflow",
     "cgmq_fx.onnx_file": "workflow",
     "cgmq_fx.onnx_marks": "workflow",
+    "cgmq_fx.onnx_clips": "workflow",
     "cgmq_fx.onnx_split_bias": "workflow",
     "cgmq_fx.calibration_data": "workflow",
     "cgmq_fx.calibrate": "workflow",

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_leaves
 
-from cgmq_fx.passes.functionalize import Functionalize
+from cgmq_fx.passes.functionalize import Functionalize, make_tuple
 from cgmq_fx.passes.meta import MODULE_PATH
 from cgmq_fx.passes.pipeline import run_pass
 from cgmq_fx.passes.trace import trace
@@ -171,3 +172,24 @@ def test_dropout_of_attention_follows_the_mode():
     gm, x = opened(model), torch.randn(2, 3, 8)
     assert torch.equal(gm.eval()(x), gm(x))
     assert not torch.equal(gm.train()(x), gm(x))
+
+
+class Attended(nn.Module):
+    def __init__(self, pick):
+        super().__init__()
+        self.attention, self.pick = nn.MultiheadAttention(4, 2, batch_first=True), pick
+
+    def forward(self, x):
+        found = self.attention(x, x, x)
+        return found[0] if self.pick == "value" else found
+
+
+@pytest.mark.parametrize("pick", ["value", "both"])
+def test_attention_weights_that_nobody_reads_are_not_computed(pick):
+    model = Attended(pick).eval()
+    gm = opened(model)
+    targets = [node.target for node in gm.graph.nodes]
+    assert ("mean" in targets) == (make_tuple in targets) == (pick == "both")
+    x = torch.randn(2, 5, 4)
+    for found, wanted in zip(tree_leaves(gm(x)), tree_leaves(model(x)), strict=True):
+        assert torch.equal(found, wanted)
