@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
 
 from cgmq_fx.allocate import allocate
@@ -11,9 +12,16 @@ from cgmq_fx.allocate_exactly import allocate_exactly
 from cgmq_fx.calibrate import calibrate
 from cgmq_fx.fit import fit
 from cgmq_fx.measured_loss import measured_loss
+from cgmq_fx.passes.annotate_operations import operand_of
+from cgmq_fx.passes.candidates import is_quantizer
+from cgmq_fx.passes.decisive_tensors import decisive_tensors
+from cgmq_fx.passes.meta import OP_INFO
+from cgmq_fx.passes.recurrent import is_recurrent
 from cgmq_fx.prepare import prepare
 from cgmq_fx.sensitivity import predicted_loss
 from cgmq_fx.solve import solve
+from cgmq_fx.testing import models
+from cgmq_fx.testing.check_prepare import positional_inputs
 
 X = torch.linspace(-1, 1, 4 * 2 * 6 * 6).sin().reshape(4, 2, 6, 6)
 WIDTHS = (0, 1, 2, 4, 8)
@@ -146,3 +154,42 @@ def test_what_is_returned_depends_on_its_inputs(train):
         solve(prepared, [(X,)])
     assert prepared.plan.accounting.is_satisfied(list(prepared.bit_widths.values()))
     assert min(prepared.bit_widths.values()) > 0
+
+
+def without_inputs(prepared, site):
+    """Tell by a walk over the graph whether some output is a constant where one tensor is 0."""
+    zero = {
+        node
+        for node in prepared.graph.nodes
+        if is_quantizer(prepared, node) and str(node.target) == f"quantizers.{site}"
+    }
+
+    def depending(zero):
+        found = set()
+        for node in prepared.graph.nodes:
+            reads = any(arg in found for arg in node.all_input_nodes)
+            silent = node in zero or (zero.intersection(node.all_input_nodes) and is_0(node, zero))
+            if (node.op == "placeholder" or reads) and not silent:
+                found.add(node)
+        return found
+
+    (output,) = prepared.graph.find_nodes(op="output")
+    return not depending(set()).intersection(output.all_input_nodes) <= depending(zero)
+
+
+def is_0(node, zero):
+    info = OP_INFO.get(node)
+    if is_recurrent(node) or info.operands == "none":
+        return False
+    if info.operands == "pair" and info.op not in ("matmul", "mul"):
+        return False
+    return any(operand_of(node, ref) in zero for ref in info.refs)
+
+
+@given(models())
+def test_one_look_finds_what_a_walk_for_each_tensor_does(drawn):
+    model = drawn.model()
+    inputs = positional_inputs(model, *drawn.inputs(), **drawn.kwargs())
+    prepared = prepare(model, "100%", example_inputs=inputs)
+    wanted = {site for site in prepared.quantizers if without_inputs(prepared, site)}
+    assert decisive_tensors(prepared) == wanted
