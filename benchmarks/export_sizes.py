@@ -1,7 +1,7 @@
 """How large are exported files, beside the float32 network and what the budget counts?
 
-Each network is lowered at 8 bits and at 2, 4 and 8 bits in turn, under a budget on the memory of
-its weights, and exported to every format. Run it with
+Each network is lowered at 8 bits and at 2, 4 and 8 bits in turn, what additions and averages read
+included, under a budget on the memory of its weights, and exported to every format. Run it with
 
     python benchmarks/export_sizes.py --output benchmarks/results/export_sizes.md
 
@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 import pages  # noqa: E402
+import speeds  # noqa: E402
 
 from torchvision_shim import torchvision  # noqa: E402
 
@@ -59,8 +60,9 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def lowered(model: nn.Module, x: Tensor, widths: tuple[int, ...]) -> LoweredModule:
     """Return a network whose tensors have these bit-widths in turn; what arrives has 8."""
-    bounds = {"bops": "100%", "weight_memory": "100%"}
-    made = prepare(model, bounds, example_inputs=(x,), widths=widths).eval()
+    bounds = {"bops": "100%", speeds.READS["name"]: "100%", "weight_memory": "100%"}
+    tables = ["bops", speeds.READS]
+    made = prepare(model, bounds, example_inputs=(x,), cost_table=tables, widths=widths).eval()
     turn = itertools.cycle(widths)
     bits = [next(turn) if s.learned else s.allowed[0] for s in made.plan.accounting.sites]
     with torch.no_grad():

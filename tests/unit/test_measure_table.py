@@ -75,6 +75,18 @@ def test_a_table_says_how_it_was_made(measurement):
     assert measurement.outliers == (0, measurement.outliers[1])
 
 
+def test_a_table_prices_a_mean_by_the_width_of_what_it_reads(measurement):
+    exact, fitted = (row for row in measurement.table.rows if row.op == ("reduce",))
+    if exact.grid is None:
+        exact, fitted = fitted, exact
+    assert [(entry.first, entry.second) for entry in exact.grid.entries] == [(8, 8), (32, 32)]
+    assert "weight_bits" not in fitted.cost.variables
+    prepared = prepared_for_timing(Residual(24), INPUTS, (8, 32), measurement.table)
+    (mean,) = (b for b in prepared.plan.accounting.operations if b.operation.op == "reduce")
+    site = prepared.plan.accounting.sites[mean.sources[0].site]
+    assert (site.name, site.allowed) == ("relu_2", (8, 32))
+
+
 def test_an_unseen_network_is_priced_with_the_error_of_what_priced_it(measurement):
     table = measurement.table
     own, other = (
