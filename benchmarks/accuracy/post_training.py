@@ -98,7 +98,8 @@ def page(lines: list[str], faults: list[str], command: str) -> str:
             "",
             f"`{command}`, torch {torch.__version__}, one thread. Test accuracies in percent; "
             f"4/8 are weights of 4 bits and activations of 8, mixed has the same bit operations "
-            f"({HALF} of the float network's). 512 samples without labels.",
+            f"({HALF} of the float network's). 512 samples without labels. "
+            f"{len(lines) - 2} of {len(TASKS)} networks.",
             "",
             *lines,
             "",
