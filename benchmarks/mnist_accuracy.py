@@ -5,7 +5,7 @@
 Every run is the example as a user would start it, one process and one thread each. The bound on the
 cost is checked by `lower`; the last state is taken, so that nothing is chosen by the test set.
 Writes benchmarks/results/mnist_accuracy.md, of rows in a JSON-lines file from which a run that was
-cut goes on; rows of other numbers of epochs are left out.
+cut goes on; runs of other numbers of epochs have a table of their own.
 """
 
 import argparse
@@ -96,12 +96,17 @@ def _figure(pattern: str, text: str) -> float:
     return float(found[1])
 
 
-def table(runs: list[Run], arguments: argparse.Namespace) -> str:
-    """Return the runs and their means as Markdown."""
-    options = f"--epochs {arguments.epochs} --guided-epochs {arguments.guided_epochs}"
+def page(runs: list[Run]) -> str:
+    """Return all runs as Markdown, apart by the numbers of epochs that they were given."""
+    lengths = sorted({(r.epochs, r.guided_epochs) for r in runs}, reverse=True)
+    tables = [table([r for r in runs if (r.epochs, r.guided_epochs) == pair]) for pair in lengths]
+    return "\n".join(["# LeNet-5 on MNIST", "", *tables])
+
+
+def table(runs: list[Run]) -> str:
+    """Return runs of the same numbers of epochs and their means."""
+    options = f"--epochs {runs[0].epochs} --guided-epochs {runs[0].guided_epochs}"
     lines = [
-        "# LeNet-5 on MNIST",
-        "",
         f"`python benchmarks/mnist_accuracy.py {options}`; accuracy on 10,000 test images, %.",
         "",
         "| budget (relative BOPs) | seed | float | fixed | relative BOPs, % | seconds |",
@@ -148,8 +153,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROOT / "build" / "mnist_accuracy.jsonl")
     arguments = parser.parse_args()
     epochs = (arguments.epochs, arguments.guided_epochs)
-    runs = [r for r in kept(arguments.rows) if (r.epochs, r.guided_epochs) == epochs]
-    done = {(r.case.budget, r.seed) for r in runs}
+    runs = kept(arguments.rows)
+    done = {(r.case.budget, r.seed) for r in runs if (r.epochs, r.guided_epochs) == epochs}
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for case in CASES:
@@ -160,8 +165,8 @@ def main() -> None:
             with arguments.rows.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(runs[-1])) + "\n")
             RESULT.parent.mkdir(exist_ok=True)
-            RESULT.write_text(table(runs, arguments))
-    print(table(runs, arguments))
+            RESULT.write_text(page(runs), encoding="utf-8")
+    print(page(runs))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,13 @@ def page(rows: list[dict[str, Any]], seed: int) -> str:
         "",
         f"`python benchmarks/accuracy/nothing_to_tune.py --seed {seed}`, torch "
         f"{torch.__version__}, one thread. Test accuracies in percent, then the bit operations "
-        "that the lowered network takes, as a share of the float one's. Inputs arrive with 8 bits.",
+        "that the lowered network takes, as a share of the float one's. Inputs arrive with 8 bits. "
+        "The float networks are trained for minutes, and the guided epochs train on: some end "
+        "above their float network.",
+        "",
+        "Epochs in float and under a guide: "
+        + ", ".join(f"{task.name} {task.epochs} and {task.guided_epochs}" for task in TASKS)
+        + ".",
         "",
         "| architecture | float | " + " | ".join(BUDGETS) + " | seconds of processor time |",
         "| --- | --- | " + "--- | " * len(BUDGETS) + "--- |",

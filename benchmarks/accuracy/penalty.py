@@ -18,7 +18,7 @@ from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.quantizers import Quantizer
 
 #: The bit-widths that it starts from, and the learning rate of those.
-START, RATE = 8, 1e-2
+START, RATE = 8, 5e-2
 
 
 class Between:

@@ -98,7 +98,8 @@ def page(lines: list[str], faults: list[str], command: str) -> str:
             "",
             f"`{command}`, torch {torch.__version__}, one thread. Test accuracies in percent; "
             f"4/8 are weights of 4 bits and activations of 8, mixed has the same bit operations "
-            f"({HALF} of the float network's). 512 samples without labels.",
+            f"({HALF} of the float network's). 512 samples without labels. "
+            f"{len(lines) - 2} of {len(TASKS)} networks.",
             "",
             *lines,
             "",
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mct", default="", metavar="PYTHON")
+    parser.add_argument("--tasks", default="", help="names to run, with commas; all by default")
     parser.add_argument("--rows", type=Path, default=Path("build/post_training.jsonl"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -124,6 +126,8 @@ def main() -> None:
     rows = {one["task"]: one for one in kept if one["seed"] == arguments.seed}
     columns = ["float", *WAYS, *([TOOLKIT] if arguments.mct else [])]
     for task in TASKS:
+        if arguments.tasks and task.name not in arguments.tasks.split(","):
+            continue
         if task.name in rows and set(columns) <= set(rows[task.name]):
             continue
         root, seed = arguments.data_root, arguments.seed

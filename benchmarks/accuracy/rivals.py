@@ -11,8 +11,9 @@ All start from the same float network, and train it with the same optimizer on t
 - penalty: a factor times the cost, added to the loss (`penalty.py`); the best of some factors
 - default: `attach` without a word
 
-Rows are kept in a JSON-lines file, from which a run that was cut goes on. It ends with 1 where the
-default is worse than the best by more than the spread of the seeds.
+Rows are kept in a JSON-lines file, from which a run that was cut goes on; Ctrl-C ends it with the
+page of those that are there. It ends with 1 where the default is worse than the best by more than
+the spread of the seeds, or was not trained.
 """
 
 import argparse
@@ -212,18 +213,21 @@ def main() -> None:
     rows = {row.key: row for line in kept.splitlines() for row in [Row(**json.loads(line))]}
     cases = {task.name: load_case(task, n, arguments.data_root) for task, n in SIZES.items()}
     keys = list(wanted(list(cases), arguments.seeds))
-    for key in keys:
-        if key not in rows:
-            name, *rest = key
-            rows[key] = run(cases[name], *rest)
-            print(rows[key], flush=True)
-            with arguments.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(rows[key])) + "\n")
+    try:
+        for key in keys:
+            if key not in rows:
+                name, *rest = key
+                rows[key] = run(cases[name], *rest)
+                print(rows[key], flush=True)
+                with arguments.rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(rows[key])) + "\n")
+    except KeyboardInterrupt:
+        print("interrupted; the page has what is there")
     exact = {name: accuracy(case.model, case.test) for name, case in cases.items()}
     seeds = " ".join(map(str, arguments.seeds))
     command = f"python benchmarks/accuracy/rivals.py --seeds {seeds}"
     sizes = f"{EPOCHS} epochs of {', '.join(f'{n} samples ({t.name})' for t, n in SIZES.items())}."
-    own = [rows[key] for key in keys]
+    own = [rows[key] for key in keys if key in rows]
     text = page(own, exact, f"{command}`, torch `{torch.__version__}", sizes)
     print(text)
     if arguments.output is not None:

@@ -9,7 +9,7 @@ UNIFORM, SOLVED, PENALTY, DEFAULT = "uniform", "solved first", "penalty", "defau
 COLUMNS = (UNIFORM, "dir_1", "dir_2", "dir_3", SOLVED, PENALTY, DEFAULT)
 BUDGETS = ("2%", "1%", "0.6%")
 #: Of the penalty.
-FACTORS = (0.03, 0.1, 0.3, 1.0)
+FACTORS = (0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,12 @@ def is_best(rows: Sequence[Row], task: str, budget: str) -> bool:
     That is the distance from the least to the greatest of either, whichever is larger.
     """
     own = found(rows, task, budget, DEFAULT)
+    if not own:
+        return False
     for way in COLUMNS[:-1]:
         rival = found(rows, task, budget, way)
-        spread = max((max(values) - min(values) for values in (own, rival) if values), default=0.0)
-        if rival and (not own or statistics.mean(rival) > statistics.mean(own) + spread):
+        spread = max(max(values) - min(values) for values in (own, rival) if values)
+        if rival and statistics.mean(rival) > statistics.mean(own) + spread:
             return False
     return True
 
