@@ -84,7 +84,7 @@ def amounts(limits, references):
 def test_fifty_combinations_of_four_budgets(make, monkeypatch):
     torch.manual_seed(0)
     rng = random.Random(3)
-    monkeypatch.setattr("cgmq_fx.allocate.predicted_loss", random_losses(rng))
+    monkeypatch.setattr("cgmq_fx.choose_bits.predicted_loss", random_losses(rng))
     model, x = make().eval(), torch.randn(1, 3, 32, 32)
     endless = {name: Limit(value=Fraction(10**15), unit=unit) for name, unit in UNITS.items()}
     floors, references = bounds_of(prepared_for(model, endless, x))
