@@ -199,6 +199,10 @@ def load_case(task: Task, samples: int, root: str) -> Case:
     return Case(task.name, model, (whole[0][::step], whole[1][::step]), test)
 
 
+def _error(percent: float, test: Split) -> float:
+    return (percent * (100 - percent) / len(test[1])) ** 0.5
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -227,6 +231,8 @@ def main() -> None:
     seeds = " ".join(map(str, arguments.seeds))
     command = f"python benchmarks/accuracy/rivals.py --seeds {seeds}"
     sizes = f"{EPOCHS} epochs of {', '.join(f'{n} samples ({t.name})' for t, n in SIZES.items())}."
+    errors = ", ".join(f"{_error(exact[n], case.test):.2f} ({n})" for n, case in cases.items())
+    sizes += f" The standard error of one accuracy, by the number of test images, is {errors}."
     own = [rows[key] for key in keys if key in rows]
     text = page(own, exact, f"{command}`, torch `{torch.__version__}", sizes)
     print(text)

@@ -97,8 +97,9 @@ def page(rows: Sequence[Row], exact: Mapping[str, float], command: str, sizes: s
         "# The default and its rivals",
         "",
         f"`{command}`, one thread. Test accuracies in percent: the mean over seeds, then the least "
-        f"and the greatest. A seed is an order of the batches; all start from the same float "
-        f"network. {sizes} A penalty counts with the best of {len(FACTORS)} factors on the test "
+        f"and the greatest; a figure alone is of one seed. A seed is an order of the batches; all "
+        f"start from the same float network. {sizes} A penalty counts with "
+        f"the best of {len(FACTORS)} factors on the test "
         f"images that meets the budget: {len(FACTORS)} trainings, where every other way takes one.",
         "",
         f"| {' | '.join(columns)} |",
