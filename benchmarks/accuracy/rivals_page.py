@@ -101,8 +101,8 @@ def page(rows: Sequence[Row], exact: Mapping[str, float], command: str, sizes: s
         f"start from the same float network. {sizes} A penalty counts with "
         f"the best of {len(FACTORS)} factors on the test "
         f"images that meets the budget: {len(FACTORS)} trainings, where every other way takes one. "
-        f"Its learning rate and factors were set twice: at a rate of 1e-2 every factor left LeNet-5 "
-        f"above 1.7 %.",
+        "Its learning rate and factors were set twice: at a rate of 1e-2 every factor left LeNet-5 "
+        "above 1.7 %.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + " --- |" * len(columns),
