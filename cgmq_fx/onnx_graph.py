@@ -131,9 +131,10 @@ class OnnxGraph:
         )
 
 
-#: What leaves numbers as they are, or a ReLU, which a quantizer behind it does too.
+#: What leaves numbers as they are; and a ReLU, which a quantizer behind it does too, and a maximum,
+#: which is the same of rounded numbers: the runtime quantizes in front of it instead.
 _REARRANGES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
-_MOVES = _REARRANGES | {"Relu"}
+_MOVES = _REARRANGES | {"Relu", "MaxPool"}
 
 
 def readers_of(nodes: Sequence[Any]) -> dict[str, list[Any]]:

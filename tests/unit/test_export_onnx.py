@@ -1,6 +1,7 @@
 """ONNX files, QDQ and QONNX: runtimes agree with the module, and `verify` with its report."""
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -226,3 +227,23 @@ def test_a_format_may_be_named(tmp_path):
     assert "Quant" in {node.op_type for node in onnx.load(path).graph.node}
     with pytest.raises(UsageError, match=r"no format 'tflite'; there is onnx, pt2, pte, qonnx"):
         export(fixed, tmp_path / "model.onnx", format="tflite")
+
+
+def test_a_convolution_in_front_of_a_maximum_pool_runs_on_integers(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 16, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16 * 25, 4),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 16, 16)
+    prepared = prepare(model, "100%", example_inputs=(x,), widths=(8,)).eval()
+    prepared(x)
+    prepared.set_bit_widths([8] * len(prepared.bit_widths))
+    path = export(
+        lower(prepared, allow_untrained=True), tmp_path / "model.onnx", example_inputs=(x,)
+    )
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options)
+    made = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert made.count("QLinearConv") == 2
+    assert "Conv" not in made
