@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cgmq_fx.errors import BudgetError, CgmqError, UsageError
@@ -15,6 +16,7 @@ from cgmq_fx.export_program import write_program
 from cgmq_fx.export_pte import write_pte
 from cgmq_fx.frozen import FrozenWeight
 from cgmq_fx.lowered import LoweredModule
+from cgmq_fx.passes.values import map_tensors
 from cgmq_fx.prepared import PreparedModule
 from cgmq_fx.report import Report, report
 from cgmq_fx.verify import verify
@@ -78,6 +80,9 @@ def export(
     _check_budgets(contents)
     if chosen != _PACKED:
         _check_units(fixed)
+    if example_inputs is not None:
+        # A program that was recorded with another order in memory reads any input in that order.
+        example_inputs = tuple(map_tensors(torch.Tensor.contiguous, tuple(example_inputs)))
     if not target.parent.is_dir():
         raise UsageError(f"export to {str(target)!r}: there is no folder {str(target.parent)!r}")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".cgmq-fx-") as folder:

@@ -289,3 +289,19 @@ def test_programs_of_others_are_refused(path, tmp_path):
     refused(other, tmp_path, "has a part for 'OthernnBackend', not for 'XnnpackBackend'")
     other = data.replace(b"executorch_prim::et_view", b"somebody::runs_a_program")
     refused(other, tmp_path, "calls 'somebody::runs_a_program', which is no known operator")
+
+
+def test_example_inputs_may_lie_in_another_order(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+    given = torch.randn(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    fixed = lowered(model, given, (8,))
+    file = export(fixed, tmp_path / "model.pte", example_inputs=(given,))
+    for x in (given, given.contiguous()):
+        (found,) = executorch_runs.run(file, [x])
+        with torch.no_grad():
+            wanted = fixed(x)
+        assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
