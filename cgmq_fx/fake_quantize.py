@@ -128,10 +128,10 @@ def to_steps(x: Tensor, grid: Grid, *, is_binary: Tensor | bool = False) -> Tens
     `is_binary` says whether the grid is; a tensor says it where that is to be read late.
     """
     steps = (x / grid.scale).clamp_max_(grid.high).clamp_min_(grid.low)
-    return _rounded(steps, is_binary)
+    return rounded(steps, is_binary)
 
 
-def _rounded(steps: Tensor, is_binary: Tensor | bool) -> Tensor:
+def rounded(steps: Tensor, is_binary: Tensor | bool) -> Tensor:
     """Return the nearest codes - zero_point; of a binary grid -1 below 0, else 1."""
     if is_binary is False:
         return steps.round()
@@ -338,7 +338,7 @@ def _backpropagate(
     grad_x = grad * inside
     # d out / d scale: the rounding error inside the range, the end of the grid outside.
     affine, is_binary = kind
-    slope = _rounded(clipped, is_binary).sub_(clipped.mul_(inside)).mul_(grad)
+    slope = rounded(clipped, is_binary).sub_(clipped.mul_(inside)).mul_(grad)
     sums = [_per_range(slope, axis)]
     if affine:
         sums.append(_per_range(grad - grad_x, axis))

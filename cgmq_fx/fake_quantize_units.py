@@ -18,6 +18,7 @@ from cgmq_fx.fake_quantize import (
     RANGE_MIN,
     RELATIVE_FLOOR,
     copy_as_laid_out,
+    rounded,
     statistics_of,
     widen,
 )
@@ -35,13 +36,13 @@ class UnitGrid(NamedTuple):
     Attributes:
         scale: step of each unit.
         high: the greatest step; 0 where the unit is pruned.
-        binary: 1.0 where a unit has the steps -1 and 1 alone, which reach from -2 to 2; None where
-            no unit can.
+        binary: whether a unit has the steps -1 and 1 alone, which reach from -2 to 2; False where
+            none can.
     """
 
     scale: Tensor
     high: Tensor
-    binary: Tensor | None
+    binary: Tensor | bool
 
 
 def unit_grid(
@@ -55,24 +56,15 @@ def unit_grid(
         unit_high: the greatest code of each unit; -1 says that its codes are -1 and 1.
         has_binary: whether some unit can have these.
     """
-    high, binary = unit_high, None
-    if has_binary:
-        binary = (unit_high < 0).to(unit_high)
-        high = torch.where(unit_high < 0, 2.0, unit_high)
+    binary = unit_high < 0 if has_binary else False
+    high = torch.where(unit_high < 0, 2.0, unit_high) if has_binary else unit_high
     ends = (widen(multiplier) * unit_range).abs().clamp(RANGE_MIN, RANGE_MAX)
     return UnitGrid(ends / high.clamp(min=1), high, binary)
 
 
 def unit_steps(x: Tensor, grid: UnitGrid) -> Tensor:
     """Return the codes of x, already wide, as a float tensor."""
-    return _rounded((x / grid.scale).clamp_max(grid.high).clamp_min(-grid.high), grid.binary)
-
-
-def _rounded(steps: Tensor, binary: Tensor | None) -> Tensor:
-    if binary is None:
-        return steps.round()
-    signs = torch.copysign(torch.ones_like(steps), steps + 0.0) + steps * 0.0
-    return torch.where(binary > 0, signs, steps.round())
+    return rounded((x / grid.scale).clamp_max(grid.high).clamp_min(-grid.high), grid.binary)
 
 
 def fake_quantize_units(
@@ -155,7 +147,7 @@ class _FakeQuantizeUnits(torch.autograd.Function):
         grad_x = (grad * inside).to(x.dtype)
         grad_multiplier = None
         if needs_multiplier:
-            slope = (_rounded(clipped, grid.binary) - clipped * inside).mul_(grad)
+            slope = (rounded(clipped, grid.binary) - clipped * inside).mul_(grad)
             of_end = slope / grid.high.clamp(min=1)
             gain = _unit_gain(x, multiplier, unit_range, unit_high)
             towards = torch.copysign(unit_range * gain, multiplier)
